@@ -44,9 +44,7 @@ installed() {
 }
 
 install_with_uv() {
-    local choice=()
-    [ -z "${PYTHON:-}" ] || choice=(--python "$(command -v "$PYTHON" || echo "$PYTHON")")
-    uv sync --locked --quiet "${choice[@]}" ||
+    uv sync --locked --quiet ${PYTHON:+--python "$PYTHON"} ||
         fail "uv sync failed, see above; without uv on PATH the scripts use venv and pip"
 }
 
