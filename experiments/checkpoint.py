@@ -1,0 +1,131 @@
+"""Checkpoints that are verified: orbax for the arrays, our own digest for the truth.
+
+Orbax restores a flipped byte without complaint and takes an empty step directory for
+the latest one. Hence each step carries a sha256 of its tree, and a step that does not
+match is reported, removed and replaced by the one before it.
+"""
+
+import contextlib
+import hashlib
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from certjax.types import PyTree
+from experiments.runs import writable
+
+
+KEEP = 2
+LOG = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+    """A verified checkpoint: steps completed, the tree, and the note saved with it."""
+
+    step: int
+    tree: PyTree
+    note: dict[str, Any]
+
+
+class DamagedError(ValueError):
+    """A checkpoint whose content is not what was saved."""
+
+
+def digest(tree: PyTree) -> str:
+    """sha256 over path, shape, dtype and bytes of every leaf."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(jax.device_get(leaf))
+        header = f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}\n"
+        total.update(header.encode())
+        total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def _manager(folder: Path) -> Iterator[Any]:
+    import orbax.checkpoint as ocp
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=KEEP, enable_async_checkpointing=False
+    )
+    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+        yield manager
+
+
+def save(folder: Path, step: int, tree: PyTree, **note: Any) -> None:
+    """Save a tree after `step` completed steps; the last two are kept.
+
+    The write is atomic: killed in the middle, it leaves the steps before it.
+
+    Raises:
+      RunError: no space, or no permission.
+    """
+    import orbax.checkpoint as ocp
+
+    about = {"sha256": digest(tree), "step": step, "note": note}
+    with writable(folder), _manager(folder) as manager:
+        if step in manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(tree), about=ocp.args.JsonSave(about)
+        )
+        manager.save(step, args=items, force=True)
+
+
+def _steps(folder: Path) -> list[int]:
+    """Steps on the disk, newest first; what holds nothing is removed."""
+    steps = []
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.name.isdecimal() and any(entry.iterdir()):
+            steps.append(int(entry.name))
+        elif entry.is_dir():  # empty, or a write that was killed
+            shutil.rmtree(entry)
+    return sorted(steps, reverse=True)
+
+
+def restore(folder: Path, like: PyTree) -> Restored | None:
+    """The newest checkpoint that is whole, or None.
+
+    Args:
+      folder: where `save` wrote.
+      like: a tree of the same structure, shapes, dtypes and shardings.
+    """
+    abstract = jax.tree.map(_abstract, like)
+    for step in _steps(folder):
+        try:
+            return _read(folder, step, abstract)
+        except Exception as error:  # noqa: BLE001 - orbax raises bare Exceptions
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            LOG.warning(
+                "checkpoint %s of step %d is damaged (%s); falling back to the one before",
+                folder,
+                step,
+                reason[0],
+            )
+            shutil.rmtree(folder / str(step))
+    return None
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    array = leaf if isinstance(leaf, jax.Array) else jax.numpy.asarray(leaf)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
+def _read(folder: Path, step: int, abstract: PyTree) -> Restored:
+    import orbax.checkpoint as ocp
+
+    with _manager(folder) as manager:
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore()
+        )
+        found = manager.restore(step, args=items)
+    if digest(found.state) != found.about["sha256"]:
+        raise DamagedError("its content does not match its sha256")
+    return Restored(step, found.state, found.about["note"])
