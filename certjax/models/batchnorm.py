@@ -7,11 +7,13 @@ and losses of the same step then see the network frozen at these statistics
 averages (`running_average`) or exact averages over data (`population_statistics`).
 
 Batch statistics are means over the examples of a `jax.vmap` whose axis is named
-`EXAMPLES`. Source of the policy: Mao et al. 2025 (CTBench), arXiv:2406.04848, section 4.
+`EXAMPLES`. Source of the policy: Mao et al. 2025 (CTBench), arXiv:2406.04848.
 """
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -74,10 +76,10 @@ def clean_forward(model: nn.Module, params: PyTree, xs: Array) -> tuple[Array, P
       Logits [N, K] and the statistics of this batch (an empty tree for a network
       without batch normalisation); both are differentiable in params and xs.
     """
-    modes = {"train": True} if has_train_mode(model) else {}
+    apply = partial(model.apply, train=True) if has_train_mode(model) else model.apply
 
     def one(x: Array) -> tuple[Array, PyTree]:
-        return model.apply({"params": params}, x, mutable=["batch_stats"], **modes)
+        return apply({"params": params}, x, mutable=["batch_stats"])
 
     logits, updated = jax.vmap(one, axis_name=EXAMPLES, out_axes=(0, None))(xs)
     return logits, updated.get("batch_stats", {})
@@ -95,7 +97,7 @@ def classifier(model: nn.Module, params: PyTree, statistics: PyTree) -> Classifi
         variables["batch_stats"] = statistics
 
     def f(x: Array) -> Array:
-        return model.apply(variables, x)
+        return cast(Array, model.apply(variables, x))
 
     return f
 

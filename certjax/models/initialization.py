@@ -9,16 +9,18 @@ import jax
 from certjax.types import Array, Key, PyTree
 
 
-JOINED = "joined"  # layers whose outputs are added in a residual block carry this prefix
+JOINED = "joined"  # prefix of the layers whose outputs a residual block adds
 
 
-def ibp_initialize(model: nn.Module, key: Key, x: Array, *, last: str = "logits") -> dict:
+def ibp_initialize(
+    model: nn.Module, key: Key, x: Array, *, last: str = "logits"
+) -> dict:
     """Variables whose interval bounds neither explode nor vanish with depth.
 
     Every weight tensor but that of the last layer is drawn from N(0, 2 pi / fan_in^2),
-    so that the expected half-width of a layer's bounds equals that of its input. A layer
-    whose name starts with "joined" enters a sum of two branches and is halved. Biases,
-    the last layer and everything else keep the module's own initialisation.
+    so that the expected half-width of a layer's bounds equals that of its input. A
+    layer whose name starts with "joined" enters a sum of two branches and is halved.
+    Biases, the last layer and the rest keep the module's own initialisation.
 
     Args:
       model: a Linen module of one example.

@@ -5,7 +5,7 @@ into one batched NHWC convolution.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import flax.linen as nn
@@ -26,8 +26,8 @@ def per_channel(value: PerChannel) -> tuple[float, ...]:
     return tuple(float(v) for v in value)
 
 
-def uniform_fan_in(fan_in: int) -> jax.nn.initializers.Initializer:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default, weights and biases alike."""
+def uniform_fan_in(fan_in: int) -> Callable[..., Array]:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default, for weights and biases."""
     bound = 1.0 / math.sqrt(fan_in)
 
     def init(key: Array, shape: Sequence[int], dtype: type = jnp.float32) -> Array:

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 
 from certjax.models.batchnorm import BatchNorm
-from certjax.models.layers import Normalize, PerChannel, conv, dense, per_channel
+from certjax.models.layers import conv, dense, Normalize, per_channel, PerChannel
 from certjax.types import Array
 
 
@@ -105,7 +105,7 @@ def mlp(
 def dm_small(
     *, classes: int = 10, mean: PerChannel = 0.0, std: PerChannel = 1.0
 ) -> ConvNet:
-    """C16k4s2p0 C32k4s1p0 F100. Source: Gowal et al. 2018, arXiv:1810.12715, table 1."""
+    """C16k4s2p0 C32k4s1p0 F100. Source: Gowal et al. 2018, arXiv:1810.12715."""
     return _build([(16, 4, 2), (32, 4, 1)], (100,), classes, mean, std)
 
 

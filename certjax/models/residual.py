@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from certjax.models.batchnorm import BatchNorm
-from certjax.models.layers import Normalize, PerChannel, conv, dense, per_channel
+from certjax.models.layers import conv, dense, Normalize, per_channel, PerChannel
 from certjax.types import Array
 
 

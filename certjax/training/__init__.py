@@ -1,1 +1,45 @@
+"""Objectives, schedules and the training step; everything for one example."""
 
+from certjax.training.augmentation import flip_and_crop as flip_and_crop
+from certjax.training.evaluation import (
+    Evaluation as Evaluation,
+    evaluator as evaluator,
+)
+from certjax.training.losses import (
+    cross_entropy as cross_entropy,
+    divergence as divergence,
+    robust_cross_entropy as robust_cross_entropy,
+)
+from certjax.training.objectives import (
+    adversarial as adversarial,
+    ibp as ibp,
+    Itemized as Itemized,
+    natural as natural,
+    Terms as Terms,
+    terms_of as terms_of,
+    trades as trades,
+)
+from certjax.training.optimizers import adam as adam, sgd as sgd
+from certjax.training.pixels import images as images
+from certjax.training.recipes import (
+    Recipe as Recipe,
+    relative_step as relative_step,
+    scheduled as scheduled,
+    unchanging as unchanging,
+)
+from certjax.training.regularizers import kernel_l1 as kernel_l1, shi as shi
+from certjax.training.schedules import (
+    constant as constant,
+    cosine as cosine,
+    linear_ramp as linear_ramp,
+    piecewise as piecewise,
+    Schedule as Schedule,
+    smoothed_ramp as smoothed_ramp,
+    tied as tied,
+)
+from certjax.training.step import (
+    initial_state as initial_state,
+    train_step as train_step,
+    TrainState as TrainState,
+)
+from certjax.training.streams import stream as stream
