@@ -3,11 +3,11 @@
 import math
 
 import flax.linen as nn
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from certjax import models
 
@@ -42,7 +42,9 @@ def test_parameter_counts(name):
     assert sum(v.size for v in jax.tree.leaves(made["params"])) == expected
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn3", "cnn4", "cnn4_bn", "cnn5_bn", "cnn7_bn"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "cnn3", "cnn4", "cnn4_bn", "cnn5_bn", "cnn7_bn"]
+)
 def test_small_images_are_accepted(name):
     net = getattr(models, name)(classes=7)
     variables = jax.eval_shape(net.init, KEY, XS[0])
@@ -62,7 +64,7 @@ def test_normalization_is_the_first_layer():
 
 
 def test_normalization_needs_one_number_per_channel():
-    with pytest.raises(ValueError, match="mean needs 1 or 1 numbers .* got 3"):
+    with pytest.raises(ValueError, match=r"mean needs 1 or 1 numbers .* got 3"):
         models.mlp(mean=[0.1, 0.2, 0.3]).init(KEY, XS[0])
     two = models.Normalize((0.0, 1.0), (1.0, 2.0)).apply({}, jnp.ones((3, 3, 2)))
     assert (two == jnp.array([1.0, 0.0])).all()
@@ -197,7 +199,9 @@ def test_population_statistics_weigh_batches_by_size():
         models.population_statistics(net, params, [part])["dense_norm_0"]["var"]
         for part in (XS[:2], XS[2:])
     ]
-    np.testing.assert_allclose(both["var"], (2 * parts[0] + 4 * parts[1]) / 6, rtol=1e-5)
+    np.testing.assert_allclose(
+        both["var"], (2 * parts[0] + 4 * parts[1]) / 6, rtol=1e-5
+    )
     with pytest.raises(ValueError, match="at least one batch"):
         models.population_statistics(net, params, [])
 

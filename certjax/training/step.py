@@ -101,7 +101,7 @@ def train_step(
         (total, (statistics, metrics)), gradient = jax.value_and_grad(
             loss, has_aux=True
         )(state.params, state.step, xs, labels)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         moved = _update(optimizer, state, gradient, statistics)
         # inside the fused update: costs no pass over memory, unlike a cond
