@@ -44,8 +44,7 @@ installed() {
 }
 
 install_with_uv() {
-    uv sync --locked --quiet ${PYTHON:+--python "$PYTHON"} ||
-        fail "uv sync failed, see above; without uv on PATH the scripts use venv and pip"
+    uv sync --locked --quiet ${PYTHON:+--python "$PYTHON"}
 }
 
 install_with_pip() {
@@ -65,6 +64,11 @@ install_with_pip() {
 if ! installed; then
     echo "Installing into $venv (once; about a minute) ..." >&2
     rm -f "$venv/.installed"
-    if command -v uv >/dev/null; then install_with_uv; else install_with_pip; fi
+    if ! command -v uv >/dev/null; then
+        install_with_pip
+    elif ! install_with_uv; then
+        echo "uv sync failed, see above; trying venv and pip ..." >&2
+        install_with_pip
+    fi
     wanted >"$venv/.installed"
 fi
