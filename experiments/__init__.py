@@ -1,0 +1,1 @@
+"""Runners: train, attack, certify and report from Hydra configs."""

@@ -131,7 +131,9 @@ def check_known(where: str, keys: Iterable[str], known: list[str]) -> None:
     for key in keys:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
+            hint = (
+                f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
+            )
             raise ConfigError(f"unknown key `{key}` in {where}; {hint}")
 
 
@@ -157,6 +159,11 @@ def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     parameters = inspect.signature(target).parameters
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return {name: p for name, p in parameters.items() if p.kind not in variable}
+
+
+def accepts(factory: Callable[..., Any], name: str) -> bool:
+    """Does a (partial) factory have a parameter of this name?"""
+    return name in _parameters(factory)
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
@@ -201,7 +208,9 @@ def build(node: Mapping[str, Any], *, where: str, **given: Any) -> Any:
     arguments = {k: _child(v, f"{where}.{k}") for k, v in numbers.items()}
     for key, value in arguments.items():
         check_value(f"{where}.{key}", value, hints.get(key, Any))
-    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    arguments = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()
+    }
     arguments |= {key: value for key, value in given.items() if key in parameters}
     if node.get("_partial_", False):
         return functools.partial(target, **arguments)
@@ -216,7 +225,9 @@ def _call(target: Callable[..., Any], arguments: dict[str, Any], where: str) -> 
         raise ConfigError(f"`{where}`: {error}") from error
 
 
-def settings(cls: type[T], config: Mapping[str, Any], *, where: str = "the config") -> T:
+def settings(
+    cls: type[T], config: Mapping[str, Any], *, where: str = "the config"
+) -> T:
     """A frozen dataclass of run settings from plain config; every key checked."""
     hints = _hints(cls)
     check_known(where, config, list(_parameters(cls)))

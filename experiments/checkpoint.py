@@ -104,7 +104,7 @@ def restore(folder: Path, like: PyTree) -> Restored | None:
         except Exception as error:  # noqa: BLE001 - orbax raises bare Exceptions
             reason = str(error).strip().splitlines() or [type(error).__name__]
             LOG.warning(
-                "checkpoint %s of step %d is damaged (%s); falling back to the one before",
+                "checkpoint %s, step %d, is damaged (%s); the one before it is used",
                 folder,
                 step,
                 reason[0],
@@ -114,8 +114,9 @@ def restore(folder: Path, like: PyTree) -> Restored | None:
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    array = leaf if isinstance(leaf, jax.Array) else jax.numpy.asarray(leaf)
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = getattr(leaf, "sharding", None) or here
+    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding)
 
 
 def _read(folder: Path, step: int, abstract: PyTree) -> Restored:

@@ -28,7 +28,8 @@ from typing import Any, IO, NamedTuple
 import yaml
 
 
-UNHASHED = ("tracking", "paths", "fresh")  # where and how it is shown, not what is done
+# where things are and how they are shown, not what is done
+UNHASHED = ("tracking", "paths", "fresh", "checkpoint_seconds", "run", "data_dir")
 DISTRIBUTIONS = ("certjax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy")
 
 
@@ -55,8 +56,10 @@ class Run(NamedTuple):
 
 
 def config_hash(config: dict[str, Any]) -> str:
-    """12 hex digits of the config without tracking, paths and `fresh`."""
+    """12 hex digits of what a config asks to be done, whatever the place."""
     kept = {key: value for key, value in config.items() if key not in UNHASHED}
+    if isinstance(kept.get("data"), dict):
+        kept["data"] = {k: v for k, v in kept["data"].items() if k != "dir"}
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2s(text.encode(), digest_size=6).hexdigest()
 
@@ -104,7 +107,7 @@ def _lock(lock: IO[str], run: Run) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise RunError(
-            f"another process is working in {run.path}; wait for it, or change the config"
+            f"another process works in {run.path}; wait for it, or change the config"
         ) from error
 
 
@@ -187,7 +190,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def keep_lines(path: Path, keep: Callable[[dict], bool]) -> list[dict[str, Any]]:
-    """Rewrite a .jsonl file with the whole lines that `keep` accepts; they are returned."""
+    """Rewrite a .jsonl file with its whole lines that `keep` accepts; return them."""
     rows = [row for row in read_lines(path) if keep(row)]
     write_text(path, "".join(_line(row) for row in rows))
     return rows
@@ -228,7 +231,7 @@ def stop_requests() -> Iterator[Callable[[], int]]:
 
 
 def git_commit() -> str | None:
-    """The commit of this checkout, "+changes" appended if files differ; None outside."""
+    """The commit of this checkout, "+changes" if files differ from it; None outside."""
     here = Path(__file__).parent
     try:
         commit = _git(here, "rev-parse", "HEAD")

@@ -1,0 +1,44 @@
+"""Certify the network of a finished run: `python -m experiments.certify run=<dir>`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments import judging, runs
+from experiments.cli import Launch, launch
+from experiments.settings import Node, read, Selection
+from experiments.tracking import Tracking
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertifySettings(Selection):
+    """The config of `experiments.certify`."""
+
+    run: str
+    certifier: Node
+    tracking: Tracking = field(default_factory=Tracking)
+    test_eps: float | None = None
+    seed: int = 0
+    fresh: bool = False
+    data_dir: str | None = None
+
+
+def work(config: dict[str, Any], launched: Launch) -> None:
+    """Certify, from wherever that stands to its end."""
+    settings = read(CertifySettings, config)
+    trained = judging.finished_training(settings.run, settings.data_dir)
+    eps = trained.settings.test_eps if settings.test_eps is None else settings.test_eps
+    plan = judging.plan_of(trained.settings)._replace(
+        attack=None,
+        certifier=settings.certifier,
+        test_eps=eps,
+        selection=settings,
+        seed=settings.seed,
+        curve_points=0,
+        known=tuple(runs.read_lines(Path(settings.run) / judging.RECORDS)),
+    )
+    judging.judge_again("certify", config | {"test_eps": eps}, plan, trained, launched)
+
+
+if __name__ == "__main__":
+    launch("certify", work)

@@ -1,0 +1,281 @@
+"""Clean, attacked and certified accuracy, one record per test example.
+
+The examples that the network classifies correctly are cut into units of one compiled
+shape, the last one padded. A unit is certified and attacked, its records are appended
+to `certificates.jsonl`, and a run that was killed goes on with the first unit that is
+not complete. An example's random key is derived from its index in the data, so its
+record does not depend on the batch, the subset or the interruption.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from certjax.certificate import certificate
+from certjax.models import classifier
+from certjax.specification import margins
+from certjax.threat import Threat
+from certjax.types import Array, Attack, Classifier, Interval, Key, PyTree
+from experiments import checkpoint, devices
+from experiments.console import progress
+from experiments.runs import append_lines, keep_lines, Stopped
+
+
+Bounds = Callable[[Classifier], Callable[[Threat, Array], Interval]]
+Record = dict[str, Any]
+STREAM = zlib.crc32(b"evaluation")
+
+
+class Weights(NamedTuple):
+    """What a frozen network is evaluated with."""
+
+    params: PyTree
+    statistics: PyTree
+
+
+class Examples(NamedTuple):
+    """A split of a data set: images uint8 [N, ...], labels [N], positions [N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    index: np.ndarray
+
+
+class Method(NamedTuple):
+    """Something that judges a batch of correctly classified examples.
+
+    judge(weights, eps, keys, xs, labels) -> {field: [B]}, among them "nan": [B] bool;
+    eps: the radius it is asked for; failed: the fields of a misclassified example.
+    """
+
+    judge: Callable[..., dict[str, Array]]
+    eps: float
+    failed: Record
+
+
+def as_input(images: Array) -> Array:
+    """uint8 to float32 in [0, 1]; floats are taken as they are."""
+    if images.dtype == jnp.uint8:
+        return images.astype(jnp.float32) / 255.0
+    return images
+
+
+def select(
+    examples: Examples, *, subset: int | None, skip: int, limit: int | None, seed: int
+) -> Examples:
+    """A random sample of `subset`, of it each `skip`-th, of these `limit` at most."""
+    chosen = np.arange(len(examples.labels))
+    if subset is not None and subset < len(chosen):
+        chosen = np.random.default_rng(seed).choice(chosen, subset, replace=False)
+        chosen.sort()
+    chosen = chosen[::skip][:limit]
+    return Examples(*(array[chosen] for array in examples))
+
+
+def certify_method(model: nn.Module, bounds: Bounds, threat: Threat) -> Method:
+    """Margins proved by a bound transformation, e.g. `ibp`, over the threat set."""
+
+    def one(f: Classifier, eps: Array, x: Array, label: Array) -> dict[str, Array]:
+        around = dataclasses.replace(threat, eps=eps)
+        proved = bounds(lambda z: margins(f(z), label))(around, x).lower
+        judged = certificate(f(x), label, proved)
+        nan = jnp.any(jnp.isnan(proved))
+        return {"certified": judged.verified, "margin": judged.margin, "nan": nan}
+
+    @jax.jit
+    def judge(
+        weights: Weights, eps: Array, keys: Key, xs: Array, labels: Array
+    ) -> dict:
+        del keys
+        f = classifier(model, *weights)
+        return jax.vmap(lambda x, label: one(f, eps, as_input(x), label))(xs, labels)
+
+    return Method(judge, threat.eps, {"certified": False, "margin": math.nan})
+
+
+def attack_method(
+    model: nn.Module, make: Callable[[Threat], Attack], threat: Threat
+) -> Method:
+    """Does the prediction survive the attack? A point outside the set is an error."""
+
+    def one(f: Classifier, eps: Array, key: Key, x: Array, label: Array) -> dict:
+        around = dataclasses.replace(threat, eps=eps)
+        z = make(around)(key, f, x, label)
+        logits = f(z)
+        nan = jnp.any(jnp.isnan(logits))
+        return {
+            "robust": (jnp.argmax(logits) == label) & ~nan,
+            "outside": ~around.contains(x, z),
+            "nan": nan,
+        }
+
+    @jax.jit
+    def judge(
+        weights: Weights, eps: Array, keys: Key, xs: Array, labels: Array
+    ) -> dict:
+        f = classifier(model, *weights)
+        attacked = lambda key, x, label: one(f, eps, key, as_input(x), label)
+        return jax.vmap(attacked)(keys, xs, labels)
+
+    return Method(judge, threat.eps, {"robust": False, "outside": False})
+
+
+def _padded(array: np.ndarray, size: int) -> np.ndarray:
+    """The last row repeated up to `size` rows: one compiled shape for every batch."""
+    missing = size - len(array)
+    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
+
+
+@jax.jit
+def _keys(key: Key, index: Array) -> Key:
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+
+def predictions(
+    model: nn.Module, weights: Weights, images: np.ndarray, *, batch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted class [N], and whether the logits hold a NaN [N]."""
+
+    @jax.jit
+    def predict(weights: Weights, xs: Array) -> tuple[Array, Array]:
+        logits = jax.vmap(classifier(model, *weights))(as_input(xs))
+        return jnp.argmax(logits, axis=-1), jnp.any(jnp.isnan(logits), axis=-1)
+
+    parts = []
+    for start in range(0, len(images), batch):
+        rows = images[start : start + batch]
+        found = predict(weights, devices.spread(_padded(rows, batch)))
+        parts.append([np.asarray(part)[: len(rows)] for part in found])
+    columns = zip(*parts, strict=True)
+    return tuple(np.concatenate(column) for column in columns)  # type: ignore[return-value]
+
+
+def judge_batch(
+    method: Method, weights: Weights, examples: Examples, *, seed: int, batch: int
+) -> dict[str, np.ndarray]:
+    """The fields of a method for up to `batch` examples."""
+    count = len(examples.labels)
+    padded = Examples(*(_padded(array, batch) for array in examples))
+    key = jax.random.fold_in(jax.random.key(seed), STREAM)
+    keys = devices.spread(_keys(key, padded.index))
+    images, labels = devices.spread((padded.images, padded.labels))
+    found = method.judge(weights, jnp.float32(method.eps), keys, images, labels)
+    return {name: np.asarray(field)[:count] for name, field in found.items()}
+
+
+class Evaluation(NamedTuple):
+    """What is evaluated, on which examples, by which methods."""
+
+    model: nn.Module
+    weights: Weights
+    examples: Examples
+    methods: tuple[Method, ...]
+    seed: int
+    batch: int
+
+
+class _Clean(NamedTuple):
+    """Of every example: predicted class, is it the label, do the logits hold a NaN."""
+
+    prediction: np.ndarray
+    correct: np.ndarray
+    nan: np.ndarray
+
+
+def evaluate(task: Evaluation, file: Path, stop: Callable[[], int]) -> list[Record]:
+    """Records of all examples in order; those already in `file` are not made again.
+
+    Raises:
+      Stopped: a signal came; what is finished is in the file.
+    """
+    weights = checkpoint.digest(task.weights)[:12]
+    done = keep_lines(file, lambda row: row.get("weights") == weights)
+    found = {row["index"]: row for row in done}
+    clean, total = _clean(task), len(task.examples.index)
+    with progress("evaluate", total=total, done=len(found)) as advance:
+        for unit in _units(clean.correct, task.batch):
+            if all(int(i) in found for i in task.examples.index[unit]):
+                continue
+            if signum := stop():
+                raise Stopped(signum, f"after {len(found)} of {total} test examples")
+            rows = [{**row, "weights": weights} for row in _judge(task, unit, clean)]
+            new = [row for row in rows if row["index"] not in found]
+            append_lines(file, new)
+            found |= {row["index"]: row for row in new}
+            advance(len(new))
+    return [found[int(i)] for i in task.examples.index]
+
+
+def _clean(task: Evaluation) -> _Clean:
+    prediction, nan = predictions(
+        task.model, task.weights, task.examples.images, batch=task.batch
+    )
+    return _Clean(prediction, (prediction == task.examples.labels) & ~nan, nan)
+
+
+def _units(correct: np.ndarray, batch: int) -> Iterator[np.ndarray]:
+    """Consecutive positions; each unit but the last has `batch` correct examples."""
+    before = np.cumsum(correct) - correct  # correct ones before each position
+    for number in range(int(before[-1]) // batch + 1):
+        yield np.flatnonzero(before // batch == number)
+
+
+def _judge(task: Evaluation, unit: np.ndarray, clean: _Clean) -> list[Record]:
+    """The records of one unit; only its correct examples cost anything."""
+    correct = unit[clean.correct[unit]]
+    judged = dict(zip(correct.tolist(), _judged(task, correct), strict=True))
+    failed = {name: value for m in task.methods for name, value in m.failed.items()}
+    return [
+        {
+            "index": int(task.examples.index[i]),
+            "label": int(task.examples.labels[i]),
+            "prediction": int(clean.prediction[i]),
+            "correct": bool(clean.correct[i]),
+            "nan": bool(clean.nan[i]),
+            **judged.get(i, failed),
+        }
+        for i in unit.tolist()
+    ]
+
+
+def _judged(task: Evaluation, positions: np.ndarray) -> list[Record]:
+    """The fields of every method for correct examples; "nan" if any method met one."""
+    if not len(positions):
+        return []
+    rows = Examples(*(array[positions] for array in task.examples))
+    columns: dict[str, np.ndarray] = {"nan": np.zeros(len(positions), bool)}
+    for method in task.methods:
+        found = judge_batch(
+            method, task.weights, rows, seed=task.seed, batch=task.batch
+        )
+        columns |= found | {"nan": columns["nan"] | found["nan"]}
+    names, values = columns.keys(), zip(*columns.values(), strict=True)
+    return [{n: v.item() for n, v in zip(names, row, strict=True)} for row in values]
+
+
+def curve(task: Evaluation, radii: list[float]) -> dict[str, list[float]]:
+    """Percent of the task's examples that survive each method, for each radius."""
+    correct = np.flatnonzero(_clean(task).correct)
+    total = len(task.examples.index)
+    lines = {"clean": [100 * len(correct) / total] * len(radii)}
+    for radius in radii:
+        methods = tuple(method._replace(eps=radius) for method in task.methods)
+        rows = []
+        for start in range(0, len(correct), task.batch):
+            positions = correct[start : start + task.batch]
+            rows += _judged(task._replace(methods=methods), positions)
+        for name in ("robust", "certified"):
+            if any(name in method.failed for method in methods):
+                count = sum(row[name] for row in rows)
+                lines.setdefault(name, []).append(
+                    100 * count / len(task.examples.index)
+                )
+    return lines

@@ -1,0 +1,275 @@
+"""Evaluating a trained network, for all entry points: what, how, and the result."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from certjax.threat import ThreatModel
+from experiments import (
+    build,
+    checkpoint,
+    console,
+    data,
+    devices,
+    plots,
+    results,
+    runs,
+)
+from experiments.cli import Launch
+from experiments.evaluation import (
+    as_input,
+    attack_method,
+    certify_method,
+    curve,
+    evaluate,
+    Evaluation,
+    Examples,
+    Method,
+    select,
+    Weights,
+)
+from experiments.runs import Run, RunError
+from experiments.settings import (
+    label_of,
+    model_of,
+    name_of,
+    Node,
+    read,
+    Selection,
+    threat_of,
+    TrainSettings,
+)
+from experiments.tracking import Tracker, Tracking, tracking
+
+
+WEIGHTS = "weights"
+RECORDS = "certificates.jsonl"
+SAMPLE = 100  # records in the table of W&B
+
+
+class Plan(NamedTuple):
+    """What is measured; a node is None where there is nothing to certify or attack.
+
+    known: records of other evaluations of the same network, to check against; their
+    radii stand in for the one that is not measured here.
+    """
+
+    data: Node
+    threat: Node
+    attack: Node | None
+    attack_eps: float | None
+    certifier: Node | None
+    test_eps: float | None
+    selection: Selection
+    seed: int
+    curve_points: int = 0
+    curve_examples: int = 0
+    about: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    known: tuple[dict[str, Any], ...] = ()
+
+
+def plan_of(settings: TrainSettings) -> Plan:
+    """Everything, as the config of a training run says."""
+    return Plan(
+        settings.data,
+        settings.threat,
+        settings.attack,
+        settings.attack_eps,
+        settings.certifier,
+        settings.test_eps,
+        settings,
+        settings.seed,
+        settings.curve_points,
+        settings.curve_examples,
+        about_training(settings),
+    )
+
+
+def about_training(settings: TrainSettings) -> dict[str, Any]:
+    """Which network a result is about."""
+    return {
+        "name": settings.name,
+        "dataset": settings.data["name"],
+        "model": name_of(settings.model),
+        "objective": name_of(settings.objective.loss),
+        "train_eps": settings.train_eps,
+        "seed": settings.seed,
+    }
+
+
+def examples_of(node: Node, split: str) -> Examples:
+    """The training or the test examples of the config's data set."""
+    return data.load(node, split)
+
+
+def restored_weights(
+    path: Path, model: nn.Module, image: np.ndarray
+) -> checkpoint.Restored | None:
+    """The verified final weights of a training run, or None."""
+    key, x = jax.random.key(0), as_input(jax.numpy.asarray(image))
+    shapes = jax.eval_shape(model.init, key, x)
+    like = Weights(shapes["params"], shapes.get("batch_stats", {}))
+    found = checkpoint.restore(path / WEIGHTS, like)
+    return found and found._replace(tree=devices.replicate(Weights(*found.tree)))
+
+
+def _methods(plan: Plan, model: nn.Module) -> tuple[Method, ...]:
+    methods = []
+    if plan.certifier is not None:
+        bounds = build.build(plan.certifier, where="certifier")
+        threat = threat_of(plan.threat, plan.test_eps)
+        methods.append(certify_method(model, bounds, threat))
+    if plan.attack is not None:
+        make = build.build(plan.attack, where="attack")
+        threat = threat_of(plan.threat, plan.attack_eps)
+        methods.append(attack_method(model, make, threat))
+    return tuple(methods)
+
+
+def _task(plan: Plan, model: nn.Module, weights: Weights) -> Evaluation:
+    selection, examples = plan.selection, examples_of(plan.data, "test")
+    chosen = select(
+        examples,
+        subset=selection.subset,
+        skip=selection.skip,
+        limit=selection.max,
+        seed=plan.seed,
+    )
+    wanted = selection.eval_batch or devices.default_batch()
+    batch = devices.divisible(min(wanted, len(chosen.labels)))
+    return Evaluation(model, weights, chosen, _methods(plan, model), plan.seed, batch)
+
+
+def judge(
+    run: Run, plan: Plan, model: nn.Module, weights: Weights, stop: Callable[[], int]
+) -> dict[str, Any]:
+    """Records of every chosen example in the run's directory, and the result."""
+    began = time.monotonic()
+    task = _task(plan, model, weights)
+    rows = evaluate(task, run.path / RECORDS, stop)
+    result = {
+        **plan.about,
+        **_described(plan),
+        **results.summary(rows),
+        **results.consistency(
+            results.joined(rows, plan.known), comparable=_comparable(plan)
+        ),
+    }
+    if plan.curve_points and task.methods:
+        result["curve"] = _curve(plan, task)
+    result["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(weights.params))
+    result["seconds"] = {"evaluate": time.monotonic() - began}
+    return result | runs.provenance(run)
+
+
+def _comparable(plan: Plan) -> bool:
+    """Does the certified set contain the attacked one?"""
+    return (
+        plan.attack_eps is not None
+        and plan.test_eps is not None
+        and plan.attack_eps <= plan.test_eps
+    )
+
+
+def _described(plan: Plan) -> dict[str, Any]:
+    """The methods and the adversary in words."""
+    found: dict[str, Any] = {}
+    if plan.certifier is not None:
+        found |= {"certifier": label_of(plan.certifier), "test_eps": plan.test_eps}
+    if plan.attack is not None:
+        threat = threat_of(plan.threat, plan.attack_eps)
+        adversary = ThreatModel(
+            threat,
+            steps=plan.attack.get("steps"),
+            restarts=plan.attack.get("restarts", 1),
+        )
+        found |= {"attack": label_of(plan.attack), "attack_eps": plan.attack_eps}
+        found["adversary"] = adversary.describe()
+    return found
+
+
+def _curve(plan: Plan, task: Evaluation) -> dict[str, Any]:
+    """Percentages against eps, on the first examples that were chosen."""
+    few = Examples(*(array[: plan.curve_examples] for array in task.examples))
+    center = plan.test_eps if plan.test_eps is not None else plan.attack_eps
+    steps = np.linspace(0.0, 2.0, plan.curve_points + 1)
+    radii = [float(center * step) for step in steps]
+    lines = curve(task._replace(examples=few), radii)
+    return {"eps": radii, "examples": len(few.labels), **lines}
+
+
+def finish(run: Run, result: dict[str, Any], tracker: Tracker, *, step: int) -> None:
+    """Write the picture and the result, mirror them, mark the run done, show it."""
+    if "curve" in result:
+        picture = run.path / "curves.png"
+        plots.curves(picture, runs.read_lines(run.path / "metrics.jsonl"), result)
+        tracker.image(step, "curves", picture)
+    rows = runs.read_lines(run.path / RECORDS)
+    tracker.table(step, "examples", rows[:SAMPLE])
+    names = [name for name in results.NAMES.values() if name in result]
+    tracker.final({f"test/{name}": result[name] for name in names} | {"result": result})
+    runs.write_json(run.path / "result.json", result)
+    runs.write_text(run.path / "done", "")
+    results.show(result)
+    console.say(f"results: {run.path}")
+
+
+class Trained(NamedTuple):
+    """A trained network and where it came from."""
+
+    path: Path
+    settings: TrainSettings
+    model: nn.Module
+    weights: Weights
+
+
+def finished_training(path: str, data_dir: str | None) -> Trained:
+    """The network of a finished training run.
+
+    Raises:
+      RunError: the directory holds no trained network.
+    """
+    folder = Path(path)
+    settings = read(TrainSettings, runs.saved_config(folder))
+    if data_dir is not None:
+        settings = replace(settings, data=settings.data | {"dir": data_dir})
+    model = model_of(settings.model)
+    image = examples_of(settings.data, "test").images[0]
+    found = restored_weights(folder, model, image)
+    if found is None:
+        raise RunError(
+            f"{folder} holds no trained network; finish it first: start the same "
+            "`python -m experiments.train` again"
+        )
+    return Trained(folder, settings, model, found.tree)
+
+
+def judge_again(
+    job: str, config: dict[str, Any], plan: Plan, trained: Trained, launched: Launch
+) -> None:
+    """Evaluate a trained network once more, in `<its directory>/<job>/<hash>`."""
+    config = config | {"name": job, "train_run": trained.path.resolve().name}
+    run = runs.choose(config, trained.path)
+    if runs.finished(run.path) and not config["fresh"]:
+        show_finished(run)
+        return
+    how = build.settings(Tracking, config["tracking"], where="`tracking`")
+    with (
+        runs.opened(run, fresh=config["fresh"], overrides=launched.overrides),
+        runs.stop_requests() as stop,
+        tracking(run, how, job_type=job) as tracker,
+    ):
+        result = judge(run, plan, trained.model, trained.weights, stop)
+        finish(run, result, tracker, step=0)
+
+
+def show_finished(run: Run) -> None:
+    """A finished run is shown, not redone."""
+    console.say(f"finished before (fresh=true does it again): {run.path}")
+    results.show(runs.read_json(run.path / "result.json"))

@@ -1,0 +1,99 @@
+"""From the records of the examples to the numbers, the table and the checks."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from certjax.certificate import accuracy_interval
+from experiments import console
+
+
+Record = dict[str, Any]
+NAMES = {"correct": "clean", "robust": "robust", "certified": "certified"}
+
+
+def summary(rows: list[Record]) -> dict[str, Any]:
+    """Percentages, counts and 95 % intervals of what the records hold."""
+    fields = [field for field in NAMES if field in rows[0]]
+    counts = {NAMES[f]: sum(bool(row[f]) for row in rows) for f in fields}
+    return {
+        **{name: 100 * count / len(rows) for name, count in counts.items()},
+        "counts": counts,
+        "intervals": {name: _interval(c, len(rows)) for name, c in counts.items()},
+        "examples": len(rows),
+        "nan": sum(row["nan"] for row in rows),
+    }
+
+
+def _interval(count: int, total: int) -> list[float]:
+    return [100 * end for end in accuracy_interval(count, total)]
+
+
+def consistency(rows: Iterable[Record], *, comparable: bool) -> dict[str, Any]:
+    """Does certified <= attacked <= clean hold, and did every attack keep to its set?
+
+    Args:
+      rows: records.
+      comparable: the certified set contains the attacked one, so that an attack that
+        succeeds refutes a certificate.
+    """
+    wrong = [row["index"] for row in rows if _contradicts(row, comparable)]
+    return {"consistent": not wrong, "contradictions": wrong}
+
+
+def _contradicts(row: Record, comparable: bool) -> bool:
+    certified, robust = row.get("certified", False), row.get("robust", True)
+    beyond_clean = (certified or row.get("robust", False)) and not row["correct"]
+    refuted = comparable and certified and not robust
+    return beyond_clean or refuted or row.get("outside", False)
+
+
+def joined(rows: Iterable[Record], others: Iterable[Record]) -> list[Record]:
+    """The records with the fields that another evaluation of the same weights adds."""
+    known = {(row["index"], row["weights"]): row for row in others}
+    return [known.get((row["index"], row["weights"]), {}) | row for row in rows]
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the table of a result, and what is wrong with it if anything is."""
+    lines = {
+        "clean": ("clean", ""),
+        "robust": (f"attacked by {result.get('attack')}", "attack_eps"),
+        "certified": (f"certified by {result.get('certifier')}", "test_eps"),
+    }
+    grid = [
+        [text, _radius(result.get(eps)), *_cells(result, name)]
+        for name, (text, eps) in lines.items()
+        if name in result
+    ]
+    console.table(
+        title_of(result), ["accuracy", "eps", "%", "examples", "95 % interval"], grid
+    )
+    _caveats(result)
+
+
+def title_of(result: dict[str, Any]) -> str:
+    """The network and the data in one line."""
+    return (
+        f"{result['dataset']} · {result['model']} · {result['objective']} "
+        f"(train eps {result['train_eps']:.4g}) · {result['examples']} test examples"
+    )
+
+
+def _radius(eps: float | None) -> str:
+    return "" if eps is None else f"{eps:.6g}"
+
+
+def _cells(result: dict[str, Any], name: str) -> list[str]:
+    low, high = result["intervals"][name]
+    count = f"{result['counts'][name]}/{result['examples']}"
+    return [f"{result[name]:.2f}", count, f"{low:.1f} to {high:.1f}"]
+
+
+def _caveats(result: dict[str, Any]) -> None:
+    if result["nan"]:
+        console.warn(f"{result['nan']} examples met a NaN; none of them is certified")
+    if not result["consistent"]:
+        console.fail(
+            "certified <= attacked <= clean does not hold for the examples "
+            f"{result['contradictions'][:10]}: do not use this result, report it"
+        )

@@ -1,0 +1,241 @@
+"""What a config says, as frozen dataclasses, and the certjax objects made from it."""
+
+import dataclasses
+from collections.abc import Callable, Sized
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import flax.linen as nn
+import optax
+
+from certjax import training
+from certjax.threat import Threat
+from experiments import build
+from experiments.build import ConfigError
+from experiments.tracking import Tracking
+
+
+Node = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which test examples, and how many at once."""
+
+    subset: int | None = None
+    skip: int = 1
+    max: int | None = None
+    eval_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse selections of nothing."""
+        for name in ("subset", "skip", "max", "eval_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Times of a training run, in epochs, and its batch size."""
+
+    epochs: float
+    batch: int
+    warm: float = 0
+    ramp: float = 0
+    shape: Literal["smoothed", "linear"] = "smoothed"
+    decay: Literal["steps", "cosine", "none"] = "steps"
+    drops: tuple[float, ...] = ()
+    drop: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Refuse times that cannot be."""
+        if self.epochs <= 0 or self.batch < 1:
+            raise ConfigError(
+                "schedule.epochs and schedule.batch must be positive, got "
+                f"{self.epochs} and {self.batch}"
+            )
+        if self.warm < 0 or self.ramp < 0 or self.warm + self.ramp > self.epochs:
+            raise ConfigError(
+                f"schedule.warm + schedule.ramp must lie within schedule.epochs "
+                f"= {self.epochs}, got {self.warm} + {self.ramp}: eps would never "
+                "reach train_eps"
+            )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss and what is added to it; kappa may follow eps from first to last."""
+
+    loss: Node
+    kappa: float | tuple[float, ...] | None = None
+    reg: float = 0.0
+    l1: float = 0.0
+    initialize: Node | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(Selection):
+    """The config of `experiments.train`."""
+
+    name: str
+    data: Node
+    model: Node
+    threat: Node
+    objective: Objective
+    optimizer: Node
+    schedule: Schedule
+    attack: Node
+    certifier: Node
+    tracking: Tracking
+    test_eps: float
+    train_eps: float
+    attack_eps: float
+    seed: int = 0
+    curve_points: int = 0
+    curve_examples: int = 256
+    fresh: bool = False
+    checkpoint_seconds: float = 60.0
+    paths: Node = field(default_factory=dict)
+
+
+NESTED = {"objective": Objective, "schedule": Schedule, "tracking": Tracking}
+
+
+def read(cls: type, config: Node) -> Any:
+    """Settings of an entry point from plain config, every key and type checked."""
+    parts = {
+        key: build.settings(NESTED[key], value, where=f"`{key}`")
+        if key in NESTED and isinstance(value, dict)
+        else value
+        for key, value in config.items()
+    }
+    return build.settings(cls, parts)
+
+
+def threat_of(node: Node, eps: float) -> Threat:
+    """The perturbation set of the config, with one of the three radii."""
+    if "eps" in node:
+        raise ConfigError(
+            "`threat.eps` is not a key: set test_eps, train_eps and attack_eps"
+        )
+    return build.build(node, where="threat", eps=eps)
+
+
+def model_of(node: Node) -> nn.Module:
+    """The network of the config."""
+    return build.build(node, where="model")
+
+
+def name_of(node: Node) -> str:
+    """The last word of a target, e.g. cnn4_bn."""
+    return str(node.get("_target_")).rpartition(".")[2]
+
+
+def label_of(node: Node) -> str:
+    """A method's name for tables: PGD-40, PGD-40x5, IBP."""
+    name = name_of(node).upper().replace("_", "-")
+    steps, restarts = node.get("steps"), node.get("restarts", 1)
+    text = name if steps is None else f"{name}-{steps}"
+    return text if restarts == 1 else f"{text}x{restarts}"
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Converts epochs to steps."""
+
+    schedule: Schedule
+    steps_per_epoch: int
+
+    @classmethod
+    def of(cls, schedule: Schedule, labels: Sized) -> "Clock":
+        """The clock of a training set; a last, smaller batch is left out."""
+        if schedule.batch > len(labels):
+            raise ConfigError(
+                f"schedule.batch = {schedule.batch} is more than the {len(labels)} "
+                "training examples; choose a smaller one"
+            )
+        return cls(schedule, len(labels) // schedule.batch)
+
+    def steps(self, epochs: float) -> int:
+        """The step at which `epochs` are over."""
+        return round(epochs * self.steps_per_epoch)
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole training."""
+        return max(1, self.steps(self.schedule.epochs))
+
+    def eps(self, final: float) -> training.Schedule:
+        """The radius at each step."""
+        start = self.steps(self.schedule.warm)
+        end = self.steps(self.schedule.warm + self.schedule.ramp)
+        if end == 0:
+            return training.constant(value=final)
+        if self.schedule.shape == "linear":
+            return training.linear_ramp(start=start, end=end, first=0.0, final=final)
+        return training.smoothed_ramp(start=start, end=end, final=final)
+
+    def learning_rate(self, value: float) -> training.Schedule:
+        """The learning rate at each step."""
+        if self.schedule.decay == "cosine":
+            return training.cosine(value=value, steps=self.total)
+        drops = self.schedule.drops if self.schedule.decay == "steps" else ()
+        boundaries = [self.steps(epoch) for epoch in drops]
+        return training.piecewise(
+            value=value, boundaries=boundaries, factor=self.schedule.drop
+        )
+
+
+def optimizer_of(node: Node, clock: Clock) -> optax.GradientTransformation:
+    """The optimiser of the config, its learning rate on the clock."""
+    rate = node.get("learning_rate")
+    if isinstance(rate, bool) or not isinstance(rate, int | float):
+        raise ConfigError(f"`optimizer.learning_rate` must be a number, got {rate!r}")
+    schedule = clock.learning_rate(float(rate))
+    return build.build(node, where="optimizer", learning_rate=schedule)
+
+
+def recipe_of(settings: TrainSettings, clock: Clock) -> training.Recipe:
+    """The objective at each step: eps and kappa follow their schedules."""
+    factory = build.build(settings.objective.loss, where="objective.loss")
+    if not build.accepts(factory, "threat"):
+        return training.unchanging(factory())
+    threat = threat_of(settings.threat, settings.train_eps)
+    eps = clock.eps(settings.train_eps)
+    numbers = _kappa(settings, eps)
+    return training.scheduled(factory, threat, eps=eps, **numbers)
+
+
+def _kappa(
+    settings: TrainSettings, eps: training.Schedule
+) -> dict[str, training.Schedule]:
+    kappa = settings.objective.kappa
+    if kappa is None:
+        return {}
+    if isinstance(kappa, int | float):
+        return {"kappa": training.constant(value=float(kappa))}
+    if len(kappa) != 2:
+        raise ConfigError(
+            f"`objective.kappa` is a number or [first, last], got {list(kappa)}"
+        )
+    first, final = kappa
+    tied = training.tied(eps, at=settings.train_eps, first=first, final=final)
+    return {"kappa": tied}
+
+
+def regularizer_of(settings: TrainSettings, clock: Clock) -> Callable | None:
+    """The regularisers of Shi et al., or None where their weight is 0."""
+    if not settings.objective.reg:
+        return None
+    return training.shi(
+        eps=clock.eps(settings.train_eps),
+        final=settings.train_eps,
+        weight=settings.objective.reg,
+        std=settings.data.get("std", 1.0),
+    )
+
+
+def with_eps(threat: Threat, eps: float) -> Threat:
+    """The same set with another radius."""
+    return dataclasses.replace(threat, eps=eps)  # type: ignore[type-var]
