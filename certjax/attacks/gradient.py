@@ -4,6 +4,7 @@ Each factory closes over numbers and returns `attack(key, f, x, label) -> z` for
 example; z lies in the threat set, is finite, and is the best point that was visited.
 """
 
+import functools
 import math
 
 import jax
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 
 from certjax.attacks.losses import cross_entropy, Goal, Loss
 from certjax.attacks.search import (
+    at_random,
+    check_counts,
     guarded,
     judge,
     Judged,
@@ -37,10 +40,10 @@ def fgsm(
     Source: Goodfellow et al. 2015, arXiv:1412.6572, equation 2.
     """
 
-    def attack(key: Key, f: Classifier, x: Array, label: Array) -> Array:  # noqa: ARG001
-        clean, g = slope(f, label, loss, goal)(threat.project(x, x))
+    def attack(key: Key, f: Classifier, x: Array, label: Array) -> Array:
+        clean, g = slope(at_random(f, key), label, loss, goal)(threat.project(x, x))
         step = radius(threat, x) * threat.ascend(unit(g))
-        end = judge(f, label, loss, goal)(threat.project(x, x + step))
+        end = judge(at_random(f, key), label, loss, goal)(threat.project(x, x + step))
         return keep(clean, end).z
 
     return guarded(attack)
@@ -83,26 +86,28 @@ def pgd(  # noqa: PLR0913
     Source: Madry et al. 2018, arXiv:1706.06083; Dong et al. 2018, arXiv:1710.06081;
       Lin et al. 2020, arXiv:1908.06281; Tramer & Boneh 2019, arXiv:1904.13000.
     """
-    _check_counts(steps=steps, restarts=restarts)
+    check_counts(steps=steps, restarts=restarts)
 
     def attack(key: Key, f: Classifier, x: Array, label: Array) -> Array:
         length = _step_length(threat, x, steps, step_size)
-        valued, at = slope(f, label, loss, goal), judge(f, label, loss, goal)
 
-        def step(_: int, state: tuple[Array, Array, Judged]) -> tuple:
+        def run(own: Key, i: Array, state: tuple[Array, Array, Judged]) -> tuple:
             z, velocity, best = state
             ahead = threat.project(x, z + length * momentum * velocity)
-            here, g = valued(ahead if nesterov else z)
+            fresh = at_random(f, jax.random.fold_in(own, i))
+            here, g = slope(fresh, label, loss, goal)(ahead if nesterov else z)
             velocity = _accumulated(momentum, velocity, g)
             z_next = threat.project(x, z + length * _direction(threat, z, velocity))
             return z_next, velocity, keep(best, here)
 
         def restart(i: int, best: Judged) -> Judged:
-            start = threat.sample(jax.random.fold_in(key, i), x) if random_start else x
+            own = jax.random.fold_in(key, i)
+            start = threat.sample(own, x) if random_start else threat.project(x, x)
             state = start, jnp.zeros_like(x), best
-            z, _, best = fori(steps, step, state)
+            z, _, best = fori(steps, functools.partial(run, own), state)
             return keep(best, at(z))
 
+        at = judge(at_random(f, key), label, loss, goal)
         return fori(restarts, restart, at(threat.project(x, x))).z
 
     return guarded(attack)
@@ -145,12 +150,6 @@ def _transfer(threat: Threat, steps: int, momentum: float, *, nesterov: bool) ->
         )(key, f, x, label)
 
     return attack
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _step_length(

@@ -5,6 +5,7 @@ not, then the higher loss wins. The clean input is always judged first, so that 
 attacked accuracy can never exceed the clean one.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -12,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from certjax.attacks.losses import aimed, Goal, Loss, reached
-from certjax.loops import loopable
+from certjax.loops import fori, loopable
 from certjax.threat import Box, Threat
-from certjax.types import Array, Attack, Classifier, Key, Scalar
+from certjax.types import Array, Attack, Classifier, Key, PyTree, Scalar
 
 
 class Judged(NamedTuple):
@@ -29,6 +30,45 @@ Judge: TypeAlias = Callable[[Array], Judged]
 Slope: TypeAlias = Callable[[Array], tuple[Judged, Array]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Expectation:
+    """A randomised classifier, attacked in expectation over its own randomness (EOT).
+
+    Gradients and losses are means over `draws` fresh draws at every step of an attack.
+
+    Args:
+      sample: `sample(key, x) -> logits`, one draw.
+      draws: draws per evaluation.
+      key: the draws of `self(x)`, which returns the log of the mean softmax; attacks
+        replace it at every step.
+
+    Source: Athalye et al. 2018, arXiv:1707.07397.
+    """
+
+    sample: Callable[[Key, Array], Array]
+    draws: int
+    key: Key
+
+    def each(self, x: Array) -> Array:
+        """[draws, K] logits."""
+        keys = jax.random.split(self.key, self.draws)
+        return jax.vmap(self.sample, in_axes=(0, None))(keys, x)
+
+    def __call__(self, x: Array) -> Array:
+        """[K]: the logits of the mean probabilities."""
+        return _mean_logits(self.each(x))
+
+
+def at_random(f: Classifier, key: Key) -> Classifier:
+    """`f`, with fresh draws if it is randomised."""
+    return dataclasses.replace(f, key=key) if isinstance(f, Expectation) else f
+
+
+def _mean_logits(logits: Array) -> Array:
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    return jax.nn.logsumexp(log_p, axis=0) - jnp.log(logits.shape[0])
+
+
 def guarded(attack: Attack) -> Attack:
     """The attack with its input checked and gradients fast in loops.
 
@@ -40,17 +80,22 @@ def guarded(attack: Attack) -> Attack:
         x = jax.lax.stop_gradient(checked_input(x))
         if classes_of(f, x) < 2:
             return x
-        z = attack(key, loopable(_frozen(f, x), x), x, label)
-        return jax.lax.stop_gradient(z)
+        return jax.lax.stop_gradient(attack(key, _prepared(f, x), x, label))
 
     return run
 
 
-def _frozen(f: Classifier, x: Array) -> Classifier:
-    """`f` with the weights it closes over cut off from outer differentiation."""
+def _prepared(f: Classifier, x: Array) -> Classifier:
+    """`f`, its weights cut off from outer differentiation, its gradients loopable."""
+    if isinstance(f, Expectation):
+
+        def sample(key: Key, z: Array) -> Array:
+            return loopable(lambda v: f.sample(key, v), z)(z)
+
+        return dataclasses.replace(f, sample=sample)
     g, weights = jax.closure_convert(f, x)
     weights = jax.lax.stop_gradient(weights)
-    return lambda z: g(z, *weights)
+    return loopable(lambda z: g(z, *weights), x)
 
 
 def checked_input(x: Array) -> Array:
@@ -77,11 +122,10 @@ def classes_of(f: Classifier, x: Array) -> int:
 
 def judge(f: Classifier, label: Array, loss: Loss, goal: Goal) -> Judge:
     """`z -> Judged`, one forward pass."""
-    objective = aimed(loss, goal)
+    valued = _valued(f, label, aimed(loss, goal))
 
     def at(z: Array) -> Judged:
-        logits = f(z)
-        return _judged(z, objective(logits, label), logits, label, goal)
+        return _judged(z, *valued(z), label, goal)
 
     return at
 
@@ -91,11 +135,7 @@ def slope(f: Classifier, label: Array, loss: Loss, goal: Goal) -> Slope:
 
     The gradient is finite: NaN becomes 0 and infinities the largest float.
     """
-    objective = aimed(loss, goal)
-
-    def valued(z: Array) -> tuple[Array, Array]:
-        logits = f(z)
-        return objective(logits, label), logits
+    valued = _valued(f, label, aimed(loss, goal))
 
     def at(z: Array) -> tuple[Judged, Array]:
         (value, logits), g = jax.value_and_grad(valued, has_aux=True)(z)
@@ -104,9 +144,53 @@ def slope(f: Classifier, label: Array, loss: Loss, goal: Goal) -> Slope:
     return at
 
 
+def _valued(f: Classifier, label: Array, objective: Loss) -> Callable:
+    """`z -> (loss, logits)`; of a randomised classifier, means over its draws."""
+    if isinstance(f, Expectation):
+
+        def valued(z: Array) -> tuple[Array, Array]:
+            logits = f.each(z)
+            losses = jax.vmap(objective, in_axes=(0, None))(logits, label)
+            return jnp.mean(losses), _mean_logits(logits)
+
+        return valued
+
+    def valued_once(z: Array) -> tuple[Array, Array]:
+        logits = f(z)
+        return objective(logits, label), logits
+
+    return valued_once
+
+
 def _judged(z: Array, value: Array, logits: Array, label: Array, goal: Goal) -> Judged:
     value = jnp.where(jnp.isnan(value), -jnp.inf, value)
     return Judged(z, value, reached(logits, label, goal))
+
+
+def repeat(
+    steps: int | Array,
+    body: Callable[[Array, PyTree], PyTree],
+    init: PyTree,
+    stop: Callable[[PyTree], Array] | None = None,
+) -> PyTree:
+    """`for i in range(steps): if stop(state): break; state = body(i, state)`."""
+    if stop is None:
+        return fori(steps, body, init)
+
+    def goes_on(carry: tuple[Array, PyTree]) -> Array:
+        return (carry[0] < steps) & ~stop(carry[1])
+
+    def advance(carry: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+        return carry[0] + 1, body(*carry)
+
+    return jax.lax.while_loop(goes_on, advance, (jnp.int32(0), init))[1]
+
+
+def check_counts(**counts: int) -> None:
+    """Refuse numbers of steps, restarts, .. below 1."""
+    for name, value in counts.items():
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def better(new: Judged, old: Judged) -> Array:

@@ -1,0 +1,216 @@
+"""Fast adaptive boundary attack: the nearest misclassified point by linearisation.
+
+Source: Croce & Hein 2020, arXiv:1907.02044, algorithm 1.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from certjax.attacks.apgd import ranked_target
+from certjax.attacks.geometry import dual_size, size, to_hyperplane
+from certjax.attacks.losses import margin_loss, reached
+from certjax.attacks.search import (
+    at_random,
+    check_counts,
+    guarded,
+    judge,
+    keep,
+    radius,
+    repeat,
+    unit,
+)
+from certjax.threat import Box, L1, L2, Linf, Threat
+from certjax.types import Array, Attack, Classifier, Key, Scalar
+
+
+OVERSHOOT = 1.05  # eta
+PULL_BACK = 0.9  # beta
+PULL_TO_CLEAN = 0.1  # alpha_max
+
+
+def fab(
+    threat: Threat,
+    *,
+    steps: int = 100,
+    restarts: int = 1,
+    targets: int | None = None,
+    early_exit: bool = False,
+) -> Attack:
+    """FAB within a threat set: the nearest boundary point if it lies in the set.
+
+    Args:
+      threat: Linf, L2 or L1; its norm is minimised.
+      steps: linearisations of one restart; one forward more each, and one backward
+        pass per class where untargeted.
+      restarts: the first starts at x, the others at random points of the set.
+      targets: None: at each step towards the nearest of all linearised boundaries;
+        a number: towards each of that many most likely wrong classes in turn (FAB-T).
+      early_exit: stop at the first misclassified point inside the set.
+    """
+    nearest = _nearest(threat, steps, restarts, targets, early_exit)
+
+    def attack(key: Key, f: Classifier, x: Array, label: Array) -> Array:
+        at = judge(at_random(f, key), label, margin_loss, "untargeted")
+        z = threat.project(x, nearest(key, f, x, label).z)
+        return keep(at(threat.project(x, x)), at(z)).z
+
+    return guarded(attack)
+
+
+def fab_minimum(
+    threat: Threat,
+    *,
+    steps: int = 100,
+    restarts: int = 1,
+    targets: int | None = None,
+) -> Attack:
+    """FAB as a minimum-norm attack: the nearest misclassified point that it finds.
+
+    Args:
+      threat: names norm and domain; its eps is the radius of the random restarts.
+      steps: linearisations of one restart.
+      restarts: the first starts at x, the others at random.
+      targets: None or the number of target classes, as in `fab`.
+
+    Returns:
+      attack(key, f, x, label) -> z in the domain; x itself where nothing was found.
+    """
+    nearest = _nearest(threat, steps, restarts, targets, early_exit=False)
+    return guarded(lambda key, f, x, label: nearest(key, f, x, label).z)
+
+
+class _Nearest(NamedTuple):
+    """z: the nearest misclassified point; x and an infinite distance before any."""
+
+    z: Array
+    distance: Array
+
+
+class _Plan(NamedTuple):
+    threat: Linf | L2 | L1
+    steps: int
+    early_exit: bool
+
+    def stop(self, best: _Nearest) -> Array:
+        return self.early_exit & (
+            best.distance <= jnp.max(jnp.asarray(self.threat.eps))
+        )
+
+
+def _nearest(
+    threat: Threat,
+    steps: int,
+    restarts: int,
+    targets: int | None,
+    early_exit: bool,
+) -> Callable[[Key, Classifier, Array, Array], _Nearest]:
+    check_counts(steps=steps, restarts=restarts, targets=targets or 1)
+    if isinstance(threat, Box):
+        raise TypeError("fab minimises a norm: it needs Linf, L2 or L1, got Box")
+    plan = _Plan(threat, steps, early_exit)
+
+    def search(key: Key, f: Classifier, x: Array, label: Array) -> _Nearest:
+        f = at_random(f, key)
+        logits = f(x)
+        wrong = reached(logits, label)
+        best = _Nearest(x, jnp.where(wrong, 0.0, jnp.inf).astype(x.dtype))
+        count = restarts * min(targets or 1, logits.shape[0] - 1)
+
+        def run(i: Array, best: _Nearest) -> _Nearest:
+            target = ranked_target(logits, label, i // restarts)
+            plane = _all_planes if targets is None else functools.partial(_one, target)
+            start = _start(threat, jax.random.fold_in(key, i), x, i % restarts > 0)
+            return _run(
+                plan, functools.partial(plane, f, label), f, x, label, start, best
+            )
+
+        return repeat(count, run, best, plan.stop)
+
+    return search
+
+
+def _start(threat: Threat, key: Key, x: Array, at_random: Array) -> Array:
+    """x, or half a radius away from it in a random direction."""
+    draw = jax.random.uniform if isinstance(threat, Linf) else jax.random.normal
+    t = draw(key, x.shape, x.dtype)
+    t = 2.0 * t - 1.0 if isinstance(threat, Linf) else t
+    away = x + 0.5 * radius(threat, x) * t / size(type(threat), t)
+    return jnp.where(at_random, jnp.clip(away, threat.low, threat.high), x)
+
+
+class _Plane(NamedTuple):
+    """The linearised boundary {z : <normal, z> = offset}; `gap` at the iterate."""
+
+    normal: Array
+    gap: Array
+
+
+def _one(target: Array, f: Classifier, label: Array, norm: type, z: Array) -> _Plane:  # noqa: ARG001
+    def difference(z: Array) -> Array:
+        logits = f(z)
+        return logits[target] - logits[label]
+
+    gap, normal = jax.value_and_grad(difference)(z)
+    return _Plane(jnp.nan_to_num(normal), jnp.nan_to_num(gap))
+
+
+def _all_planes(f: Classifier, label: Array, norm: type, z: Array) -> _Plane:
+    """The nearest of the K - 1 linearised boundaries."""
+    logits, pull = jax.vjp(f, z)
+    classes = logits.shape[0]
+    seeds = jnp.eye(classes) - jax.nn.one_hot(label, classes)
+    normals = jnp.nan_to_num(jax.vmap(lambda seed: pull(seed)[0])(seeds))
+    gaps = jnp.nan_to_num(logits - logits[label])
+    lengths = jax.vmap(functools.partial(dual_size, norm))(normals)
+    distance = jnp.abs(gaps) / (1e-12 + lengths)
+    nearest = jnp.argmin(jnp.where(jnp.arange(classes) == label, jnp.inf, distance))
+    return _Plane(normals[nearest], gaps[nearest])
+
+
+def _run(
+    plan: _Plan,
+    plane_at: Callable[[type, Array], _Plane],
+    f: Classifier,
+    x: Array,
+    label: Array,
+    start: Array,
+    best: _Nearest,
+) -> _Nearest:
+    threat, norm = plan.threat, type(plan.threat)
+
+    def step(_: int, state: tuple[Array, _Nearest]) -> tuple[Array, _Nearest]:
+        z, best = state
+        z = _towards(threat, plane_at(norm, z), x, z)
+        fooled = reached(f(z), label)
+        distance = size(norm, z - x)
+        closer = fooled & (distance < best.distance)
+        best = _Nearest(
+            jnp.where(closer, z, best.z), jnp.where(closer, distance, best.distance)
+        )
+        return jnp.where(fooled, x + PULL_BACK * (z - x), z), best
+
+    stop = (lambda state: plan.stop(state[1])) if plan.early_exit else None
+    return repeat(plan.steps, step, (start, best), stop)[1]
+
+
+def _towards(threat: Threat, plane: _Plane, x: Array, z: Array) -> Array:
+    """Past the plane, from a mixture of the steps from z and from x."""
+    norm = type(threat)
+    # a rescaled plane is the same plane: unit() keeps the squares in range
+    scale = jnp.max(jnp.abs(plane.normal))
+    safe = jnp.where(scale > 0, scale, 1.0)
+    normal = unit(plane.normal)
+    offset = jnp.sum(normal * z) - plane.gap / safe
+    offset = jnp.where(scale > 0, offset, 0.0)
+    box: tuple[Scalar, Scalar] = threat.low, threat.high
+    from_z = to_hyperplane(norm, z, normal, offset, *box)
+    from_x = to_hyperplane(norm, x, normal, offset, *box)
+    near = jnp.maximum(size(norm, from_z), 1e-8)
+    far = jnp.maximum(size(norm, from_x), 1e-8)
+    mix = jnp.minimum(near / (near + far), PULL_TO_CLEAN)
+    moved = (1 - mix) * (z + OVERSHOOT * from_z) + mix * (x + OVERSHOOT * from_x)
+    return jnp.clip(moved, threat.low, threat.high)

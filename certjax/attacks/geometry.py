@@ -1,0 +1,117 @@
+"""Norms and projections that the attacks share; one example, any shape.
+
+Sorting is slow on CPU under vmap, so thresholds come from bisection or Newton steps
+on piecewise linear functions: elementwise passes only.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from certjax.threat import L1, L2, Linf
+from certjax.types import Array, Scalar
+
+
+BISECTIONS = 30  # halvings: 1e-9 of the starting interval
+NEWTON_STEPS = 15
+
+
+def size(norm: type, delta: Array) -> Array:
+    """[]: the norm of a perturbation, `norm` being the class of a threat set."""
+    if norm is L2:
+        largest = jnp.max(jnp.abs(delta))
+        safe = jnp.where(largest > 0, largest, 1.0)
+        return largest * jnp.sqrt(jnp.sum((delta / safe) ** 2))
+    return jnp.sum(jnp.abs(delta)) if norm is L1 else jnp.max(jnp.abs(delta))
+
+
+def dual_size(norm: type, g: Array) -> Array:
+    """[]: the dual norm, by which a gradient measures distances to a hyperplane."""
+    return size({Linf: L1, L1: Linf}.get(norm, L2), g)
+
+
+def bisect(above, lower: Array, upper: Array) -> Array:  # noqa: ANN001
+    """The smallest t of a bracket where the predicate `above(t)` is no longer true."""
+
+    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+        lower, upper = bracket
+        middle = 0.5 * (lower + upper)
+        high = above(middle)
+        return jnp.where(high, middle, lower), jnp.where(high, upper, middle)
+
+    return jax.lax.fori_loop(0, BISECTIONS, halve, (lower, upper))[1]
+
+
+def into_l1_box(threat: L1, x: Array, z: Array, eps: Scalar) -> Array:
+    """The point nearest to z in the l1 ball of radius eps cut with the domain.
+
+    The exact projection onto the intersection: soft thresholding, then the cut, with
+    the threshold that spends the radius. It moves further than a projection onto the
+    ball followed by the cut.
+
+    Source: Croce & Hein 2021, arXiv:2103.01208, section 3.1.
+    """
+    delta = z - x
+    room = jnp.where(delta > 0, threat.high - x, x - threat.low)
+
+    def cut(threshold: Array) -> Array:
+        return jnp.clip(jnp.abs(delta) - threshold, 0.0, jnp.maximum(room, 0.0))
+
+    most = jnp.max(jnp.abs(delta))
+    threshold = bisect(lambda t: jnp.sum(cut(t)) > eps, jnp.zeros_like(most), most)
+    fits = jnp.sum(cut(0.0)) <= eps
+    return x + jnp.sign(delta) * cut(jnp.where(fits, 0.0, threshold))
+
+
+def to_hyperplane(
+    norm: type, z: Array, w: Array, b: Array, low: Scalar, high: Scalar
+) -> Array:
+    """The shortest step d with <w, z + d> = b and z + d in [low, high]^d.
+
+    Where the domain does not reach the hyperplane, d goes as far towards it as it can.
+
+    Source: Croce & Hein 2020 (FAB), arXiv:1907.02044, equations 6 to 8.
+    """
+    gap = jnp.sum(w * z) - b
+    w = w * jnp.where(gap >= 0, 1.0, -1.0)
+    gap = jnp.abs(gap)
+    room = jnp.maximum(jnp.where(w > 0, z - low, high - z), 0.0)
+    slopes = jnp.abs(w)
+    move = {Linf: _equal_moves, L2: _proportional_moves, L1: _greedy_moves}[norm]
+    return -jnp.sign(w) * move(slopes, room, gap)
+
+
+def _newton(slopes: Array, weights: Array, room: Array, gap: Array) -> Array:
+    """min(r * weights, room) with sum(slopes * .) = gap; slopes, weights >= 0.
+
+    The sum is concave and increasing in r: Newton's steps from 0 approach the root
+    from below, passing at least one breakpoint each.
+    """
+
+    def step(_: int, r: Array) -> Array:
+        free = r * weights < room
+        moved = jnp.sum(slopes * jnp.where(free, r * weights, room))
+        rate = jnp.sum(jnp.where(free, slopes * weights, 0.0))
+        safe = jnp.where(rate > 0, rate, 1.0)
+        return jnp.where(rate > 0, r + jnp.maximum(gap - moved, 0.0) / safe, r)
+
+    r = jax.lax.fori_loop(0, NEWTON_STEPS, step, jnp.zeros_like(gap))
+    return jnp.minimum(r * weights, room)
+
+
+def _equal_moves(slopes: Array, room: Array, gap: Array) -> Array:
+    return _newton(slopes, jnp.where(slopes > 0, 1.0, 0.0), room, gap)
+
+
+def _proportional_moves(slopes: Array, room: Array, gap: Array) -> Array:
+    steepest = jnp.max(slopes)
+    return _newton(slopes, slopes / jnp.where(steepest > 0, steepest, 1.0), room, gap)
+
+
+def _greedy_moves(slopes: Array, room: Array, gap: Array) -> Array:
+    """Steepest coordinates first, each to its end, the last one in part."""
+    order = jnp.argsort(-slopes.ravel())
+    gains = (slopes * room).ravel()[order]
+    before = jnp.cumsum(gains) - gains
+    share = jnp.clip((gap - before) / jnp.where(gains > 0, gains, 1.0), 0.0, 1.0)
+    taken = jnp.where(gains > 0, share, 0.0)
+    return jnp.zeros(slopes.size).at[order].set(taken).reshape(slopes.shape) * room
