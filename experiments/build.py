@@ -4,6 +4,7 @@ A config names keyword-only factories by `_target_` and holds numbers. Here they
 checked, in words that name the key, and called. certjax never sees a DictConfig.
 """
 
+import contextlib
 import difflib
 import functools
 import importlib
@@ -11,7 +12,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 from omegaconf import DictConfig, OmegaConf
@@ -217,20 +218,30 @@ def build(node: Mapping[str, Any], *, where: str, **given: Any) -> Any:
     return _call(target, arguments, where)
 
 
-def _call(target: Callable[..., Any], arguments: dict[str, Any], where: str) -> Any:
+@contextlib.contextmanager
+def blamed(where: str) -> Iterator[None]:
+    """Name the config key in what a factory refuses."""
     try:
-        inspect.signature(target).bind(**arguments)
-        return target(**arguments)
+        yield
+    except ConfigError:
+        raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"`{where}`: {error}") from error
 
 
-def settings(
-    cls: type[T], config: Mapping[str, Any], *, where: str = "the config"
-) -> T:
+def _call(target: Callable[..., Any], arguments: dict[str, Any], where: str) -> Any:
+    with blamed(where):
+        inspect.signature(target).bind(**arguments)
+        return target(**arguments)
+
+
+def settings(cls: type[T], config: Mapping[str, Any], *, where: str = "config") -> T:
     """A frozen dataclass of run settings from plain config; every key checked."""
     hints = _hints(cls)
-    check_known(where, config, list(_parameters(cls)))
+    check_known(f"`{where}`", config, list(_parameters(cls)))
     for key, value in config.items():
-        check_value(key, value, hints.get(key, Any))
-    return _call(cls, dict(config), where)
+        check_value(
+            key if where == "config" else f"{where}.{key}", value, hints.get(key, Any)
+        )
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    return _call(cls, values, where)

@@ -172,10 +172,13 @@ def judge_batch(
 
 
 class Evaluation(NamedTuple):
-    """What is evaluated, on which examples, by which methods."""
+    """What is evaluated, on which examples, by which methods.
+
+    weights: None until the network is trained.
+    """
 
     model: nn.Module
-    weights: Weights
+    weights: Weights | None
     examples: Examples
     methods: tuple[Method, ...]
     seed: int

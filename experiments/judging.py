@@ -36,6 +36,7 @@ from experiments.evaluation import (
 )
 from experiments.runs import Run, RunError
 from experiments.settings import (
+    DataSettings,
     label_of,
     model_of,
     name_of,
@@ -60,7 +61,7 @@ class Plan(NamedTuple):
     radii stand in for the one that is not measured here.
     """
 
-    data: Node
+    data: DataSettings
     threat: Node
     attack: Node | None
     attack_eps: float | None
@@ -95,7 +96,7 @@ def about_training(settings: TrainSettings) -> dict[str, Any]:
     """Which network a result is about."""
     return {
         "name": settings.name,
-        "dataset": settings.data["name"],
+        "dataset": settings.data.name,
         "model": name_of(settings.model),
         "objective": name_of(settings.objective.loss),
         "train_eps": settings.train_eps,
@@ -103,9 +104,31 @@ def about_training(settings: TrainSettings) -> dict[str, Any]:
     }
 
 
-def examples_of(node: Node, split: str) -> Examples:
-    """The training or the test examples of the config's data set."""
-    return data.load(node, split)
+def examples_of(wanted: DataSettings, split: str) -> Examples:
+    """The "train" or "test" examples of the config's data set.
+
+    With `data.validation` the test examples are held-out training examples.
+    """
+    found = dataset_of(wanted)
+    images, labels = {
+        "train": (found.x_train, found.y_train),
+        "test": (found.x_test, found.y_test),
+    }[split]
+    if not len(labels):
+        raise RunError(f"{found.name} has no {split} examples")
+    return Examples(images, labels, np.arange(len(labels)))
+
+
+def dataset_of(wanted: DataSettings) -> data.Dataset:
+    """The data set of the config, verified."""
+    found = data.load(wanted.name, wanted.dir, sha256=wanted.sha256)
+    if found.classes != wanted.classes:
+        raise build.ConfigError(
+            f"data.classes is {wanted.classes}, but {found.name} has {found.classes}"
+        )
+    if wanted.validation is not None:
+        found = data.split(found, validation=wanted.validation)
+    return found
 
 
 def restored_weights(
@@ -120,6 +143,7 @@ def restored_weights(
 
 
 def _methods(plan: Plan, model: nn.Module) -> tuple[Method, ...]:
+    """The certifier and the attack of a plan, tried on their threat sets."""
     methods = []
     if plan.certifier is not None:
         bounds = build.build(plan.certifier, where="certifier")
@@ -128,41 +152,48 @@ def _methods(plan: Plan, model: nn.Module) -> tuple[Method, ...]:
     if plan.attack is not None:
         make = build.build(plan.attack, where="attack")
         threat = threat_of(plan.threat, plan.attack_eps)
+        with build.blamed("attack"):
+            make(threat)
         methods.append(attack_method(model, make, threat))
     return tuple(methods)
 
 
-def _task(plan: Plan, model: nn.Module, weights: Weights) -> Evaluation:
-    selection, examples = plan.selection, examples_of(plan.data, "test")
+def evaluation_of(plan: Plan, model: nn.Module) -> Evaluation:
+    """Examples and methods of a plan, checked; the weights come later."""
+    wanted, examples = plan.selection, examples_of(plan.data, "test")
     chosen = select(
         examples,
-        subset=selection.subset,
-        skip=selection.skip,
-        limit=selection.max,
+        subset=wanted.subset,
+        skip=wanted.skip,
+        limit=wanted.max,
         seed=plan.seed,
     )
-    wanted = selection.eval_batch or devices.default_batch()
-    batch = devices.divisible(min(wanted, len(chosen.labels)))
-    return Evaluation(model, weights, chosen, _methods(plan, model), plan.seed, batch)
+    size = min(wanted.eval_batch or devices.default_batch(), len(chosen.labels))
+    methods, batch = _methods(plan, model), devices.divisible(size)
+    return Evaluation(model, None, chosen, methods, plan.seed, batch)
 
 
 def judge(
-    run: Run, plan: Plan, model: nn.Module, weights: Weights, stop: Callable[[], int]
+    run: Run,
+    plan: Plan,
+    evaluation: Evaluation,
+    weights: Weights,
+    stop: Callable[[], int],
 ) -> dict[str, Any]:
     """Records of every chosen example in the run's directory, and the result."""
     began = time.monotonic()
-    task = _task(plan, model, weights)
+    task = evaluation._replace(weights=weights)
     rows = evaluate(task, run.path / RECORDS, stop)
+    whole = results.joined(rows, plan.known)
     result = {
         **plan.about,
         **_described(plan),
         **results.summary(rows),
-        **results.consistency(
-            results.joined(rows, plan.known), comparable=_comparable(plan)
-        ),
+        **results.consistency(whole, comparable=_comparable(plan)),
     }
     if plan.curve_points and task.methods:
         result["curve"] = _curve(plan, task)
+    result["data_sha256"] = dataset_of(plan.data).sha256
     result["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(weights.params))
     result["seconds"] = {"evaluate": time.monotonic() - began}
     return result | runs.provenance(run)
@@ -238,7 +269,7 @@ def finished_training(path: str, data_dir: str | None) -> Trained:
     folder = Path(path)
     settings = read(TrainSettings, runs.saved_config(folder))
     if data_dir is not None:
-        settings = replace(settings, data=settings.data | {"dir": data_dir})
+        settings = replace(settings, data=replace(settings.data, dir=data_dir))
     model = model_of(settings.model)
     image = examples_of(settings.data, "test").images[0]
     found = restored_weights(folder, model, image)
@@ -259,13 +290,14 @@ def judge_again(
     if runs.finished(run.path) and not config["fresh"]:
         show_finished(run)
         return
-    how = build.settings(Tracking, config["tracking"], where="`tracking`")
+    how = build.settings(Tracking, config["tracking"], where="tracking")
+    evaluation = evaluation_of(plan, trained.model)
     with (
         runs.opened(run, fresh=config["fresh"], overrides=launched.overrides),
         runs.stop_requests() as stop,
         tracking(run, how, job_type=job) as tracker,
     ):
-        result = judge(run, plan, trained.model, trained.weights, stop)
+        result = judge(run, plan, evaluation, trained.weights, stop)
         finish(run, result, tracker, step=0)
 
 

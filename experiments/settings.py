@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import flax.linen as nn
+import jax
+import numpy as np
 import optax
+from flax.errors import FlaxError
 
 from certjax import training
 from certjax.threat import Threat
@@ -33,6 +36,20 @@ class Selection:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which data, where they are, and how training images are changed."""
+
+    name: str
+    classes: int
+    mean: float | tuple[float, ...]
+    std: float | tuple[float, ...]
+    dir: str | None = None
+    sha256: str | None = None
+    validation: float | None = None
+    augment: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +96,7 @@ class TrainSettings(Selection):
     """The config of `experiments.train`."""
 
     name: str
-    data: Node
+    data: DataSettings
     model: Node
     threat: Node
     objective: Objective
@@ -99,13 +116,18 @@ class TrainSettings(Selection):
     paths: Node = field(default_factory=dict)
 
 
-NESTED = {"objective": Objective, "schedule": Schedule, "tracking": Tracking}
+NESTED = {
+    "data": DataSettings,
+    "objective": Objective,
+    "schedule": Schedule,
+    "tracking": Tracking,
+}
 
 
 def read(cls: type, config: Node) -> Any:
     """Settings of an entry point from plain config, every key and type checked."""
     parts = {
-        key: build.settings(NESTED[key], value, where=f"`{key}`")
+        key: build.settings(NESTED[key], value, where=key)
         if key in NESTED and isinstance(value, dict)
         else value
         for key, value in config.items()
@@ -125,6 +147,33 @@ def threat_of(node: Node, eps: float) -> Threat:
 def model_of(node: Node) -> nn.Module:
     """The network of the config."""
     return build.build(node, where="model")
+
+
+def check_fits(model: nn.Module, image: np.ndarray) -> None:
+    """Refuse a network that cannot take the images of the data set.
+
+    Raises:
+      ConfigError: the network's own complaint.
+    """
+    like = jax.ShapeDtypeStruct(image.shape, np.float32)
+    try:
+        jax.eval_shape(model.init, jax.random.key(0), like)
+    except (ArithmeticError, TypeError, ValueError, FlaxError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"the network of `model` does not take images of shape {image.shape}: "
+            f"{reason}; choose another model= or data="
+        ) from error
+
+
+def initializer_of(
+    objective: Objective, model: nn.Module
+) -> Callable[[jax.Array, jax.Array], dict]:
+    """`initialize(key, x) -> variables`."""
+    if objective.initialize is None:
+        return model.init
+    node = build.build(objective.initialize, where="objective.initialize")
+    return lambda key, x: node(model, key, x)
 
 
 def name_of(node: Node) -> str:
@@ -232,7 +281,7 @@ def regularizer_of(settings: TrainSettings, clock: Clock) -> Callable | None:
         eps=clock.eps(settings.train_eps),
         final=settings.train_eps,
         weight=settings.objective.reg,
-        std=settings.data.get("std", 1.0),
+        std=settings.data.std,
     )
 
 

@@ -7,16 +7,18 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import numpy as np
+import jax.numpy as jnp
+import optax
 
 from certjax import training
 from certjax.models import population_statistics
 from certjax.training.streams import stream
-from certjax.types import PyTree
+from certjax.types import Array, Key
 from experiments import build, checkpoint, console, data, devices, runs
 from experiments.cli import Launch, launch
-from experiments.evaluation import as_input, Examples, Weights
+from experiments.evaluation import as_input, Evaluation, Examples, Weights
 from experiments.judging import (
+    evaluation_of,
     examples_of,
     finish,
     judge,
@@ -27,7 +29,9 @@ from experiments.judging import (
 )
 from experiments.runs import Run, RunError, Stopped
 from experiments.settings import (
+    check_fits,
     Clock,
+    initializer_of,
     model_of,
     optimizer_of,
     read,
@@ -45,16 +49,24 @@ NAMES = SHARES | {"natural": "natural_loss", "robust": "robust_loss"}
 PATIENCE = 0.01  # share of steps that may be skipped for a loss that is not finite
 
 
-class Trainer(NamedTuple):
-    """A training: what a step does, where its results go, and when to stop."""
+class Job(NamedTuple):
+    """All that a run needs, made and checked before its directory is touched."""
 
-    step: Callable
-    batch: Callable[[int], tuple[np.ndarray, np.ndarray]]
+    settings: TrainSettings
+    train: Examples
+    evaluation: Evaluation
     clock: Clock
-    folder: Path
+    optimizer: optax.GradientTransformation
+    initialize: Callable[[Key, Array], dict]
+    step: Callable
+
+
+class Place(NamedTuple):
+    """Where the numbers of a run go, and whether a signal asks it to stop."""
+
+    run: Run
     tracker: Tracker
     stop: Callable[[], int]
-    checkpoint_seconds: float
 
 
 def work(config: dict[str, Any], launched: Launch) -> None:
@@ -65,90 +77,78 @@ def work(config: dict[str, Any], launched: Launch) -> None:
     if runs.finished(run.path) and not settings.fresh:
         show_finished(run)
         return
+    job = prepared(settings)
     with (
         runs.opened(run, fresh=settings.fresh, overrides=launched.overrides),
         runs.stop_requests() as stop,
         tracking(run, settings.tracking, job_type="train") as tracker,
     ):
         console.say(f"run directory: {run.path}")
-        train_and_judge(run, settings, tracker, stop)
+        train_and_judge(job, Place(run, tracker, stop))
 
 
-def train_and_judge(
-    run: Run, settings: TrainSettings, tracker: Tracker, stop: Callable[[], int]
-) -> None:
-    """Train unless that is done, evaluate, write the result."""
-    model, train = model_of(settings.model), examples_of(settings.data, "train")
-    trained = restored_weights(run.path, model, train.images[0])
-    if trained is None:
-        state, seconds = fit(run, settings, model, train, tracker, stop)
-        weights = final_weights(model, state, train, batch=settings.schedule.batch)
-        step = Clock.of(settings.schedule, train.labels).total
-        checkpoint.save(run.path / WEIGHTS, step, weights, seconds=seconds)
-        trained = checkpoint.Restored(step, weights, {"seconds": seconds})
-    result = judge(run, plan_of(settings), model, trained.tree, stop)
-    result["seconds"] |= {"train": trained.note["seconds"]}
-    finish(run, result, tracker, step=trained.step)
+def prepared(settings: TrainSettings) -> Job:
+    """Build everything the config names.
 
-
-def fit(
-    run: Run,
-    settings: TrainSettings,
-    model: nn.Module,
-    train: Examples,
-    tracker: Tracker,
-    stop: Callable[[], int],
-) -> tuple[training.TrainState, float]:
-    """Train from the last checkpoint on; the last state, and the seconds it took."""
+    Raises:
+      ConfigError: the config cannot be run.
+    """
+    train = examples_of(settings.data, "train")
+    model = model_of(settings.model)
+    check_fits(model, train.images[0])
     clock = Clock.of(settings.schedule, train.labels)
     optimizer = optimizer_of(settings.optimizer, clock)
-    first = training.initial_state(_variables(settings, model, train), optimizer)
-    state, start, seconds = devices.replicate(first), 0, 0.0
-    found = checkpoint.restore(run.path / "checkpoint", state)
-    if found is not None:
-        start, state, seconds = found.step, found.tree, found.note["seconds"]
-        console.say(f"continuing after step {start} of {clock.total}")
-    rewind(run, start)
-    trainer = Trainer(
-        _step(settings, model, optimizer, clock),
-        batches(train, settings),
-        clock,
-        run.path / "checkpoint",
-        tracker,
-        stop,
-        settings.checkpoint_seconds,
-    )
-    return loop(trainer, state, start, seconds)
-
-
-def _variables(settings: TrainSettings, model: nn.Module, train: Examples) -> dict:
-    """Initial variables, from the seed alone."""
-    key, x = stream(settings.seed, "init"), as_input(jax.numpy.asarray(train.images[0]))
-    node = settings.objective.initialize
-    if node is None:
-        return jax.jit(model.init)(key, x)
-    initialize = build.build(node, where="objective.initialize")
-    return jax.jit(lambda key, x: initialize(model, key, x))(key, x)
-
-
-def _step(
-    settings: TrainSettings, model: nn.Module, optimizer: Any, clock: Clock
-) -> Callable:
-    augment = settings.data.get("augment")
-    return training.train_step(
+    recipe = recipe_of(settings, clock)
+    with build.blamed("objective.loss"):
+        recipe(0)
+    augment = settings.data.augment
+    step = training.train_step(
         model,
-        recipe_of(settings, clock),
+        recipe,
         optimizer,
         seed=settings.seed,
         regularizer=regularizer_of(settings, clock),
         l1=settings.objective.l1,
         augment=augment and build.build(augment, where="data.augment"),
     )
+    evaluation = evaluation_of(plan_of(settings), model)
+    initialize = initializer_of(settings.objective, model)
+    return Job(settings, train, evaluation, clock, optimizer, initialize, step)
+
+
+def train_and_judge(job: Job, place: Place) -> None:
+    """Train unless that is done, evaluate, write the result."""
+    path, total, model = place.run.path, job.clock.total, job.evaluation.model
+    trained = restored_weights(path, model, job.train.images[0])
+    if trained is None:
+        state, seconds = fit(job, place)
+        size = job.settings.schedule.batch
+        weights = final_weights(model, state, job.train, batch=size)
+        checkpoint.save(path / WEIGHTS, total, weights, seconds=seconds)
+        trained = checkpoint.Restored(total, weights, {"seconds": seconds})
+    plan = plan_of(job.settings)
+    result = judge(place.run, plan, job.evaluation, trained.tree, place.stop)
+    result["seconds"] |= {"train": trained.note["seconds"]}
+    finish(place.run, result, place.tracker, step=total)
+
+
+def fit(job: Job, place: Place) -> tuple[training.TrainState, float]:
+    """Train from the last checkpoint on; the last state, and the seconds it took."""
+    first = as_input(jnp.asarray(job.train.images[0]))
+    variables = jax.jit(job.initialize)(stream(job.settings.seed, "init"), first)
+    state = devices.replicate(training.initial_state(variables, job.optimizer))
+    found = checkpoint.restore(place.run.path / "checkpoint", state)
+    if found is None:
+        rewind(place.run, 0)
+        return loop(job, place, state, 0, 0.0)
+    console.say(f"continuing after step {found.step} of {job.clock.total}")
+    rewind(place.run, found.step)
+    return loop(job, place, found.tree, found.step, found.note["seconds"])
 
 
 def loop(
-    trainer: Trainer, state: PyTree, start: int, seconds: float
-) -> tuple[PyTree, float]:
+    job: Job, place: Place, state: training.TrainState, start: int, seconds: float
+) -> tuple[training.TrainState, float]:
     """Steps `start` to the last one; what a step does depends on its number alone.
 
     Raises:
@@ -157,38 +157,41 @@ def loop(
     """
     began = saved = time.monotonic()
     spent = lambda: seconds + time.monotonic() - began
-    every = max(1, trainer.clock.total // LOGGED)
-    total = trainer.clock.total
+    total, batch = job.clock.total, batches(job.train, job.settings)
+    every = max(1, total // LOGGED)
     with console.progress("train", total=total, done=start) as advance:
         for step in range(start + 1, total + 1):
-            state, metrics = trainer.step(state, *trainer.batch(step - 1))
+            state, metrics = job.step(state, *batch(step - 1))
             if step % every == 0 or step == total:
-                advance(every, _log(trainer, step, state, metrics))
-            due = time.monotonic() - saved > trainer.checkpoint_seconds
-            signum = trainer.stop()
+                advance(every, _log(job, place, step, state, metrics))
+            due = time.monotonic() - saved > job.settings.checkpoint_seconds
+            signum = place.stop()
             if signum or due or step == total:
-                checkpoint.save(trainer.folder, step, state, seconds=spent())
+                folder = place.run.path / "checkpoint"
+                checkpoint.save(folder, step, state, seconds=spent())
                 saved = time.monotonic()
             if signum:
                 raise Stopped(signum, f"after step {step} of {total}")
     return state, spent()
 
 
-def _log(trainer: Trainer, step: int, state: PyTree, metrics: dict) -> str:
+def _log(
+    job: Job, place: Place, step: int, state: training.TrainState, metrics: dict
+) -> str:
     """One row of metrics; the note for the progress bar."""
     row = {f"train/{NAMES.get(n, n)}": _readable(n, v) for n, v in metrics.items()}
     skipped = step - int(state.step)
     row |= {
         "train/skipped": skipped,
-        "train/epoch": step / trainer.clock.steps_per_epoch,
+        "train/epoch": step / job.clock.steps_per_epoch,
     }
-    if skipped > max(10, PATIENCE * trainer.clock.total):
+    if skipped > max(10, PATIENCE * job.clock.total):
         raise RunError(
             f"training diverged: {skipped} of {step} steps had a loss or gradient that "
             "is not finite; try a smaller optimizer.learning_rate, a smaller "
             "optimizer.clip or a longer schedule.ramp, and start with fresh=true"
         )
-    trainer.tracker.log(step, row)
+    place.tracker.log(step, row)
     return f"loss {row['train/loss']:.3f}"
 
 
