@@ -100,17 +100,17 @@ def _list_matches(value: Any, hint: Any) -> bool:
 
 def matches(value: Any, hint: Any) -> bool:
     """Does a config value fit a type hint? An int is a float; built objects pass."""
-    for member in _members(hint):
-        if member in (Any, inspect.Parameter.empty) or isinstance(member, TypeVar):
-            return True
-        if isinstance(value, SCALARS) and _scalar_matches(value, member):
-            return True
-        if isinstance(value, list | tuple) and _list_matches(value, member):
-            return True
-        simple = member in SCALARS or typing.get_origin(member) is Literal
-        if not isinstance(value, (*SCALARS, list, tuple)) and not simple:
-            return True
-    return False
+    return any(_member_matches(value, member) for member in _members(hint))
+
+
+def _member_matches(value: Any, hint: Any) -> bool:
+    if hint in (Any, inspect.Parameter.empty) or isinstance(hint, TypeVar):
+        return True
+    if isinstance(value, SCALARS):
+        return _scalar_matches(value, hint)
+    if type(value) in (list, tuple):  # a NamedTuple is a built object
+        return _list_matches(value, hint)
+    return hint not in SCALARS and typing.get_origin(hint) is not Literal
 
 
 def _words(hint: Any) -> str:
