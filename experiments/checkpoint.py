@@ -2,7 +2,7 @@
 
 Orbax restores a flipped byte without complaint and takes an empty step directory for
 the latest one. Hence each step carries a sha256 of its tree, and a step that does not
-match is reported, removed and replaced by the one before it.
+match is reported, put aside and replaced by the one before it.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from certjax.types import PyTree
-from experiments.runs import writable
+from experiments.runs import RunError, writable
 
 
 KEEP = 2
@@ -36,14 +36,20 @@ class DamagedError(ValueError):
     """A checkpoint whose content is not what was saved."""
 
 
+def layout(tree: PyTree) -> list[str]:
+    """Path, shape and type of every leaf, one line each."""
+    return [
+        f"{jax.tree_util.keystr(path)} {tuple(leaf.shape)} {np.dtype(leaf.dtype)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
 def digest(tree: PyTree) -> str:
-    """sha256 over path, shape, dtype and bytes of every leaf."""
+    """sha256 over path, shape, type and bytes of every leaf."""
     total = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(jax.device_get(leaf))
-        header = f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}\n"
-        total.update(header.encode())
-        total.update(np.ascontiguousarray(array).tobytes())
+    for line, leaf in zip(layout(tree), jax.tree.leaves(tree), strict=True):
+        total.update(f"{line}\n".encode())
+        total.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
     return total.hexdigest()
 
 
@@ -69,7 +75,7 @@ def save(folder: Path, step: int, tree: PyTree, **note: Any) -> None:
     """
     import orbax.checkpoint as ocp
 
-    about = {"sha256": digest(tree), "step": step, "note": note}
+    about = {"sha256": digest(tree), "layout": layout(tree), "note": note}
     with writable(folder), _manager(folder) as manager:
         if step in manager.all_steps():
             return
@@ -80,12 +86,12 @@ def save(folder: Path, step: int, tree: PyTree, **note: Any) -> None:
 
 
 def _steps(folder: Path) -> list[int]:
-    """Steps on the disk, newest first; what holds nothing is removed."""
+    """Steps on the disk, newest first; what a killed write left is removed."""
     steps = []
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.name.isdecimal() and any(entry.iterdir()):
             steps.append(int(entry.name))
-        elif entry.is_dir():  # empty, or a write that was killed
+        elif entry.name.isdecimal() or ".orbax-checkpoint-tmp" in entry.name:
             shutil.rmtree(entry)
     return sorted(steps, reverse=True)
 
@@ -93,24 +99,37 @@ def _steps(folder: Path) -> list[int]:
 def restore(folder: Path, like: PyTree) -> Restored | None:
     """The newest checkpoint that is whole, or None.
 
+    A damaged one is reported and renamed to `<step>.damaged`.
+
     Args:
       folder: where `save` wrote.
-      like: a tree of the same structure, shapes, dtypes and shardings.
+      like: a tree of the same structure, shapes, types and shardings.
+
+    Raises:
+      RunError: the checkpoint is whole, but of another tree.
     """
     abstract = jax.tree.map(_abstract, like)
     for step in _steps(folder):
         try:
             return _read(folder, step, abstract)
+        except RunError:
+            raise
         except Exception as error:  # noqa: BLE001 - orbax raises bare Exceptions
             reason = str(error).strip().splitlines() or [type(error).__name__]
             LOG.warning(
                 "checkpoint %s, step %d, is damaged (%s); the one before it is used",
                 folder,
                 step,
-                reason[0],
+                reason[0][:200],
             )
-            shutil.rmtree(folder / str(step))
+            _put_aside(folder / str(step))
     return None
+
+
+def _put_aside(step: Path) -> None:
+    aside = step.with_name(f"{step.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    step.rename(aside)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -123,10 +142,15 @@ def _read(folder: Path, step: int, abstract: PyTree) -> Restored:
     import orbax.checkpoint as ocp
 
     with _manager(folder) as manager:
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore()
-        )
-        found = manager.restore(step, args=items)
-    if digest(found.state) != found.about["sha256"]:
+        about = ocp.args.Composite(about=ocp.args.JsonRestore())
+        about = manager.restore(step, args=about).about
+        if about["layout"] != layout(abstract):
+            raise RunError(
+                f"checkpoint {folder} is of another network or optimiser than the code "
+                "now builds from the same config; start again with fresh=true"
+            )
+        state = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        state = manager.restore(step, args=state).state
+    if digest(state) != about["sha256"]:
         raise DamagedError("its content does not match its sha256")
-    return Restored(step, found.state, found.about["note"])
+    return Restored(step, state, about["note"])

@@ -45,7 +45,11 @@ def check_can_be_built(config: dict) -> settings.TrainSettings:
 def test_experiment_can_be_built_and_says_what_to_expect(name):
     text = (CONF / "experiment" / f"{name}.yaml").read_text()
     assert text.startswith("# @package _global_\n# ")
-    for word in ("Expected:", "Time:", f"Command:  python -m experiments.train experiment={name}"):
+    for word in (
+        "Expected:",
+        "Time:",
+        f"Command:  python -m experiments.train experiment={name}",
+    ):
         assert f"# {word}" in text
     config = composed(f"experiment={name}")
     assert config["name"] == name
