@@ -29,9 +29,9 @@ from certjax.bounds.errors import unsupported
 from certjax.threat import Threat
 from certjax.types import Array, Interval, PyTree
 from certjax.walk import (
+    environment,
     Equation,
     Graph,
-    environment,
     primitives as p,
     read,
     split_p,
@@ -44,7 +44,9 @@ from certjax.walk import (
 rules: dict[Any, Callable[..., Any]] = {}
 
 
-def ibp(f: Callable[[PyTree], PyTree]) -> Callable[[Threat, PyTree], Interval]:
+def ibp(
+    f: Callable[[PyTree], PyTree], sound: bool = False
+) -> Callable[[Threat, PyTree], Interval]:
     """Sound elementwise bounds of `f` over a threat set, by interval arithmetic.
 
     For every z in the set, lower <= f(z) <= upper in exact arithmetic. The affine end
@@ -53,6 +55,8 @@ def ibp(f: Callable[[PyTree], PyTree]) -> Callable[[Threat, PyTree], Interval]:
 
     Args:
       f: a function of one example (or of one tree of arrays).
+      sound: enclose what a float evaluation of f can return, in any order of summation,
+        not only the exact values; docs/float_soundness.md states the model.
 
     Returns:
       `bound(threat, x) -> Interval`, lower and upper each like f(x).
@@ -60,6 +64,10 @@ def ibp(f: Callable[[PyTree], PyTree]) -> Callable[[Threat, PyTree], Interval]:
     Raises:
       UnsupportedPrimitive: f uses an operation without an interval rule.
     """
+    if sound:
+        from certjax.bounds.rounding import sound_ibp  # built on the rules below
+
+        return sound_ibp(f)
 
     def bound(threat: Threat, x: PyTree) -> Interval:
         return ibp_with_layers(f)(threat, x)[0]
@@ -619,7 +627,7 @@ def _log_softmax(equation: Equation, x: Interval) -> Interval:
 
 
 def _logsumexp_of_others(x: Array, axis: int) -> Array:
-    """log sum_{j != i} e^{x_j} for every i, without cancellation: [K, K] work."""
+    """The log of sum_{j != i} e^{x_j} for every i, without cancellation: [K, K] work."""
     x = jnp.moveaxis(x, axis, -1)
     size = x.shape[-1]
     apart = jnp.where(jnp.eye(size, dtype=bool), -jnp.inf, x[..., None, :])

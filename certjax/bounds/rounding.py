@@ -390,7 +390,7 @@ def _sum(equation: Equation, x: Interval) -> Interval:
 
 @register(p.add_p, p.sub_p)
 def _add(equation: Equation, a: Any, b: Any) -> Interval:
-    """XLA adds the constants of (x + c) + d first: charge u (|a| + |b|), not u |a + b|."""
+    """XLA may add c and d of (x + c) + d first: charge u (|a| + |b|), not u |a+b|."""
     a, b = _enclosed(a), _enclosed(b)
     unit, _, largest = _format(a.lower.dtype)
     base = interval.rules[equation.primitive](equation, a, b)
