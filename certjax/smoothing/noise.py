@@ -193,7 +193,9 @@ class Table:
     def __post_init__(self) -> None:
         """Refuse a table that is not a monotone map from (1/2, 1] to radii."""
         p, r = np.asarray(self.probabilities), np.asarray(self.radii)
-        rising = p.shape == r.shape and np.all(np.diff(p) > 0) and np.all(np.diff(r) >= 0)
+        rising = (
+            p.shape == r.shape and np.all(np.diff(p) > 0) and np.all(np.diff(r) >= 0)
+        )
         if not (rising and p.size and p[0] > 0.5 and p[-1] <= 1.0 and r[0] >= 0.0):
             raise ValueError(
                 "a table needs as many radii as probabilities, both ascending, "

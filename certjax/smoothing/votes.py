@@ -190,7 +190,11 @@ def _count_blocks(
 
     everywhere = PartitionSpec()
     spread = jax.shard_map(
-        local, mesh=mesh, in_specs=(everywhere,) * 4, out_specs=everywhere, check_vma=False
+        local,
+        mesh=mesh,
+        in_specs=(everywhere,) * 4,
+        out_specs=everywhere,
+        check_vma=False,
     )
     return spread(operands, n, first, last)
 
