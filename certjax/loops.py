@@ -18,6 +18,9 @@ from certjax.types import Array, Classifier
 from certjax.walk import Equation, evaluate, primitives, trace
 
 
+CONVOLUTION = primitives.conv_general_dilated_p
+
+
 def fori(steps: int, body: Callable[[Array, Any], Any], init: Any) -> Any:
     """`for i in range(steps): state = body(i, state)`, compiled once.
 
@@ -35,7 +38,7 @@ def loopable(f: Classifier, x: Array) -> Classifier:
     """
     like = jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
     graph, tree = trace(f, like, keep_custom=True)
-    if not any(e.primitive is primitives.conv_general_dilated_p for e in graph.equations):
+    if not any(e.primitive is CONVOLUTION for e in graph.equations):
         return f
 
     def g(z: Array) -> Array:
@@ -45,7 +48,7 @@ def loopable(f: Classifier, x: Array) -> Classifier:
 
 
 def _rule(equation: Equation, values: list) -> list:
-    if equation.primitive is primitives.conv_general_dilated_p and _plain(equation.params):
+    if equation.primitive is CONVOLUTION and _plain(equation.params):
         return [_convolution(_Static(equation.params), *values)]
     return equation.bind(*values)
 
@@ -74,7 +77,7 @@ def _plain(params: dict) -> bool:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _convolution(static: _Static, lhs: Array, rhs: Array) -> Array:
-    return primitives.conv_general_dilated_p.bind(lhs, rhs, **static.params)
+    return CONVOLUTION.bind(lhs, rhs, **static.params)
 
 
 def _forward(static: _Static, lhs: Array, rhs: Array) -> tuple[Array, tuple]:
@@ -83,9 +86,7 @@ def _forward(static: _Static, lhs: Array, rhs: Array) -> tuple[Array, tuple]:
 
 def _backward(static: _Static, residuals: tuple, g: Array) -> tuple[Array, Array]:
     lhs, rhs = residuals
-    _, kernel_vjp = jax.vjp(
-        lambda w: primitives.conv_general_dilated_p.bind(lhs, w, **static.params), rhs
-    )
+    _, kernel_vjp = jax.vjp(lambda w: CONVOLUTION.bind(lhs, w, **static.params), rhs)
     return _input_gradient(static.params, lhs.shape, rhs, g), kernel_vjp(g)[0]
 
 
@@ -105,7 +106,9 @@ def _input_gradient(params: dict, shape: tuple, rhs: Array, g: Array) -> Array:
     for i, (before, _) in enumerate(params["padding"]):
         reach = params["rhs_dilation"][i] * (rhs.shape[space[i]] - 1) + 1
         size = shape[numbers.lhs_spec[2 + i]]
-        spread = params["window_strides"][i] * (g.shape[numbers.out_spec[2 + i]] - 1) + 1
+        spread = (
+            params["window_strides"][i] * (g.shape[numbers.out_spec[2 + i]] - 1) + 1
+        )
         low = reach - 1 - before
         padding.append((low, size + reach - 1 - spread - low))
     return jax.lax.conv_general_dilated(

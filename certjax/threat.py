@@ -11,7 +11,7 @@ the last bit.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import jax
@@ -23,10 +23,10 @@ from certjax.types import Array, Interval, Key, Scalar
 SHRINK = 2e-6  # relative; exceeds the float32 error of a pairwise sum of 1e9 squares
 
 
-def _check_ball(eps: object, low: object, high: object, widest: float) -> None:
+def _check_ball(eps: Scalar, low: Scalar, high: Scalar, widest: float) -> None:
     """Validate Python numbers only: __post_init__ runs again with tracers inside."""
-    numbers = all(isinstance(v, int | float) for v in (low, high))
-    if numbers and not low < high:  # type: ignore[operator]
+    numbers = isinstance(low, int | float) and isinstance(high, int | float)
+    if numbers and not low < high:
         raise ValueError(
             f"the domain needs low < high, got low={low}, high={high}; "
             "for images in [0, 1] leave both at their defaults"
@@ -301,15 +301,20 @@ class ThreatModel:
     knowledge: Literal["white-box", "black-box", "transfer"] = "white-box"
     steps: int | None = None
     restarts: int = 1
-    queries: int | None = field(default=None)
+    queries: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse words and budgets that mean nothing."""
-        goals, kinds = ("untargeted", "targeted"), ("white-box", "black-box", "transfer")
+        goals, kinds = (
+            ("untargeted", "targeted"),
+            ("white-box", "black-box", "transfer"),
+        )
         if self.goal not in goals:
             raise ValueError(f"goal must be one of {goals}, got {self.goal!r}")
         if self.knowledge not in kinds:
-            raise ValueError(f"knowledge must be one of {kinds}, got {self.knowledge!r}")
+            raise ValueError(
+                f"knowledge must be one of {kinds}, got {self.knowledge!r}"
+            )
         for name in ("steps", "restarts", "queries"):
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -318,8 +323,11 @@ class ThreatModel:
     def describe(self) -> str:
         """One line for tables and logs, e.g. "Linf eps=0.1, untargeted, ..."."""
         radius = getattr(self.threat, "eps", None)
-        parts = [type(self.threat).__name__ + ("" if radius is None else f" eps={radius}")]
-        parts += [self.goal, self.knowledge]
-        budget = {"steps": self.steps, "restarts": self.restarts, "queries": self.queries}
-        parts += [f"{name}={value}" for name, value in budget.items() if value is not None]
-        return ", ".join(parts)
+        size = "" if radius is None else f" eps={radius}"
+        budget = [
+            f"{name}={getattr(self, name)}"
+            for name in ("steps", "restarts", "queries")
+            if getattr(self, name) is not None
+        ]
+        kind = type(self.threat).__name__ + size
+        return ", ".join([kind, self.goal, self.knowledge, *budget])

@@ -25,6 +25,7 @@ stack_p = getattr(jax.lax, "stack_p", p.concatenate_p)  # primitives of newer ve
 tile_p = getattr(jax.lax, "tile_p", p.broadcast_in_dim_p)
 split_p = jax.lax.split_p
 
+
 class Node:
     """One value of a graph: a shape and a dtype, compared by identity."""
 
@@ -160,7 +161,9 @@ class _Builder:
         self.calls: list[Any] = []  # the calls that are being inlined, outermost first
         self.keep_custom = keep_custom
 
-    def inline(self, jaxpr: Any, consts: Sequence, inputs: Sequence[Atom]) -> list[Atom]:
+    def inline(
+        self, jaxpr: Any, consts: Sequence, inputs: Sequence[Atom]
+    ) -> list[Atom]:
         """Append the equations of `jaxpr`, applied to `inputs`; return its outputs."""
         env: dict[Any, Atom] = dict(zip(jaxpr.invars, inputs, strict=True))
         env.update(zip(jaxpr.constvars, map(Constant, consts), strict=True))
@@ -218,7 +221,7 @@ class _Builder:
     def unroll(self, params: dict, inputs: list[Atom]) -> list[Atom]:
         """A scan of constant length, written out."""
         body, length = params["jaxpr"], params["length"]
-        n_consts, n_carry = params["num_consts"], params["num_carry"]
+        n_consts, n_carry = _scan_counts(params)
         consts, xs = inputs[:n_consts], inputs[n_consts + n_carry :]
         carry, columns = inputs[n_consts : n_consts + n_carry], []
         for i in reversed(range(length)) if params["reverse"] else range(length):
@@ -275,6 +278,14 @@ class _Opaque:
     def bind(self, *args: Any) -> Any:
         """Evaluate the call."""
         return self.function(*(args[i] for i in self.positions))
+
+
+def _scan_counts(params: dict) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many its carry."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # jax >= 0.12
+    return len(consts), len(carry)
 
 
 def _shape(aval: Any) -> jax.ShapeDtypeStruct:

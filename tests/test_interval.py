@@ -1,16 +1,18 @@
 """Interval bounds: soundness for every operation, tightness where it is a theorem."""
 
+import itertools
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-from certjax.bounds import Interval, UnsupportedPrimitive, ibp, ibp_with_layers
+from certjax.bounds import ibp, ibp_with_layers, Interval, UnsupportedPrimitive
 from certjax.specification import margins
-from certjax.threat import L1, L2, Box, Linf
+from certjax.threat import Box, L2, Linf
 
 
 ULPS = 4e-6
@@ -31,31 +33,42 @@ def points(threat, x, samples=256):
     """Random points and random corners of the set."""
     keys = jax.random.split(jax.random.key(7), samples)
     inner = jax.vmap(lambda key: threat.sample(key, x))(keys)
-    lower, upper = threat.box(x)
+    lower, upper = (v[None] for v in threat.box(x))
     corner = jax.vmap(lambda k: jax.random.bernoulli(k, 0.5, x.shape))(keys)
     return jnp.concatenate([inner, jnp.where(corner, lower, upper)])
 
 
 def check_sound(f, threat, x, slack=ULPS):
-    lower, upper = jax.jit(lambda x: ibp(f)(threat, x))(x)
-    outs = jax.vmap(f)(points(threat, x))
+    @jax.jit  # one program: compiling is what takes the time here
+    def evaluate(x, zs):
+        return ibp(f)(threat, x), jax.vmap(f)(zs)
+
+    (lower, upper), outs = jax.tree.map(np.asarray, evaluate(x, points(threat, x)))
     assert lower.shape == upper.shape == outs.shape[1:]
-    scale = slack * (1 + jnp.abs(outs))
-    assert not jnp.isnan(lower).any() and not jnp.isnan(upper).any()
+    scale = slack * (1 + np.abs(outs))
+    assert not np.isnan(lower).any()
+    assert not np.isnan(upper).any()
     assert (lower <= upper).all()
-    assert (outs >= lower - scale).all(), f"below by {(lower - outs).max()}"
-    assert (outs <= upper + scale).all(), f"above by {(outs - upper).max()}"
+    below, above = lower[None] - outs, outs - upper[None]
+    assert (below <= scale).all(), f"below by {below.max()}"
+    assert (above <= scale).all(), f"above by {above.max()}"
     return lower, upper
 
 
-def check_tight(f, threat, x, slack=1e-3, samples=20000):
+def check_tight(f, threat, x, slack=1e-3, samples=4000):
     """The bounds are reached, up to sampling (monotone and one-entry functions)."""
     lower, upper = check_sound(f, threat, x)
-    lo, hi = threat.box(x)
+
+    @jax.jit
+    def reached(zs):
+        outs = jax.vmap(f)(zs)
+        return outs.min(0), outs.max(0)
+
+    lo, hi = (v[None] for v in threat.box(x))
     t = jnp.linspace(0, 1, samples).reshape(-1, *[1] * x.ndim)
-    outs = jax.vmap(f)(lo + t * (hi - lo))
-    assert jnp.allclose(lower, outs.min(0), atol=slack, rtol=slack)
-    assert jnp.allclose(upper, outs.max(0), atol=slack, rtol=slack)
+    least, greatest = reached(lo + t * (hi - lo))
+    np.testing.assert_allclose(lower, least, atol=slack, rtol=slack)
+    np.testing.assert_allclose(upper, greatest, atol=slack, rtol=slack)
 
 
 ELEMENTWISE = {
@@ -128,7 +141,7 @@ def test_elementwise_on_positive_numbers(name):
 STRUCTURE = {
     "dense": lambda x: x @ W + 1.0,
     "dense from the left": lambda x: W.T[:4, :4] @ x,
-    "batched matmul": lambda x: jnp.einsum("bij,bjk->bik", x.reshape(2, 2, 6), W.reshape(2, 6, 3)),
+    "batched matmul": lambda x: jnp.matmul(x.reshape(2, 2, 6), W.reshape(2, 6, 3)),
     "einsum": lambda x: jnp.einsum("ij,jk,k->i", x, W, W[0]),
     "add": lambda x: x + x[::-1],
     "subtract": lambda x: x - 2.0 * x[::-1],
@@ -151,7 +164,7 @@ STRUCTURE = {
     "stack": lambda x: jnp.stack([x, 2 * x]),
     "pad": lambda x: jnp.pad(x, 1, constant_values=-1.0),
     "rev": lambda x: x[::-1, ::-1],
-    "broadcast": lambda x: jnp.broadcast_to(x[:, :1], (4, 3)) + jnp.zeros((2, 4, 3)),
+    "broadcast": lambda x: jnp.broadcast_to(x[:, :1], (2, 4, 3)),
     "where, constant": lambda x: jnp.where(W[:4] > 0, x, -x),
     "where, undecided": lambda x: jnp.where(x > 0.5, x, 0.2 * x),
     "where, equal": lambda x: jnp.where(x == 0.5, 1.0, x),
@@ -164,14 +177,16 @@ STRUCTURE = {
     "logsumexp": lambda x: jax.nn.logsumexp(x, axis=1),
     "layer norm": lambda x: (x - x.mean()) / jnp.sqrt(x.var() + 1e-3),
     "convert": lambda x: (10 * x).astype(jnp.int32).astype(jnp.float32),
-    "iota": lambda x: x * lax.iota(jnp.float32, 6),
+    "iota": lambda x: x * lax.broadcasted_iota(jnp.float32, SHAPE, 1),
     "scan": lambda x: lax.scan(lambda c, r: (jnp.tanh(c + r), c), x[0], x)[1],
-    "scan, reversed": lambda x: lax.scan(lambda c, r: (c + r, c * 2), x[0], x, reverse=True)[1],
+    "scan, reversed": lambda x: lax.scan(
+        lambda c, r: (c + r, c * 2), x[0], x, reverse=True
+    )[1],
     "fori_loop": lambda x: lax.fori_loop(0, 3, lambda i, c: jnp.tanh(c @ W / 3) + i, x),
     "cond, constant": lambda x: lax.cond(W[0, 0] > 0, jnp.tanh, jnp.negative, x),
     "dynamic update": lambda x: lax.dynamic_update_slice(x, 2 * x[:1], (2, 0)),
     "attention": lambda x: jax.nn.softmax(x @ x.T) @ x,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("eps", [0.02, 0.4])
@@ -184,37 +199,42 @@ def test_structure(name, eps):
 def test_a_degenerate_interval_gives_the_value(name):
     f = (ELEMENTWISE | POSITIVE | STRUCTURE)[name]
     x = 1.5 + X
-    lower, upper = ibp(f)(Box(x, x), x)
-    np.testing.assert_allclose(lower, f(x), rtol=3e-6, atol=1e-6)
-    np.testing.assert_allclose(upper, f(x), rtol=3e-6, atol=1e-6)
+    (lower, upper), value = jax.jit(lambda x: (ibp(f)(Box(x, x), x), f(x)))(x)
+    np.testing.assert_allclose(lower, value, rtol=3e-6, atol=1e-6)
+    np.testing.assert_allclose(upper, value, rtol=3e-6, atol=1e-6)
 
 
-def conv(x, w, **kw):
+def conv(x, w, stride=1, padding="SAME", **kw):
     numbers = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x[None], w, dimension_numbers=numbers, **kw)[0]
+    strides = (stride, stride)
+    y = lax.conv_general_dilated(
+        x[None], w, strides, padding, dimension_numbers=numbers, **kw
+    )
+    return y[0]
 
 
 K = jax.random.normal(jax.random.key(2), (3, 3, 2, 4))
 IMAGES = {
-    "conv": lambda x: conv(x, K, window_strides=(1, 1), padding="SAME"),
-    "conv, strided": lambda x: conv(x, K, window_strides=(2, 2), padding=[(1, 0), (0, 2)]),
-    "conv, dilated": lambda x: conv(x, K, window_strides=(1, 1), padding="SAME", rhs_dilation=(2, 2)),
-    "conv, transposed": lambda x: conv(x, K, window_strides=(1, 1), padding=[(1, 1), (1, 1)], lhs_dilation=(2, 2)),
-    "conv, groups": lambda x: conv(x, K[:, :, :1], window_strides=(1, 1), padding="VALID", feature_group_count=2),
-    "max pool": lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (3, 3, 1), (2, 2, 1), "SAME"),
-    "sum pool": lambda x: lax.reduce_window(x, 0.0, lax.add, (2, 2, 1), (2, 2, 1), "VALID"),
-    "conv with a bounded kernel": lambda x: conv(x, jnp.tile(x[:2, :2, :, None], (1, 1, 1, 3)), window_strides=(1, 1), padding="SAME"),
-    "residual": lambda x: x + jax.nn.relu(conv(x, K[..., :2], window_strides=(1, 1), padding="SAME")),
-}  # fmt: skip
+    "conv": lambda x: conv(x, K),
+    "conv, strided": lambda x: conv(x, K, 2, [(1, 0), (0, 2)]),
+    "conv, dilated": lambda x: conv(x, K, rhs_dilation=(2, 2)),
+    "conv, transposed": lambda x: conv(x, K, 1, [(1, 1)] * 2, lhs_dilation=(2, 2)),
+    "conv, groups": lambda x: conv(x, K[:, :, :1], feature_group_count=2),
+    "max pool": lambda x: nn.max_pool(x, (3, 3), (2, 2), "SAME"),
+    "average pool": lambda x: nn.avg_pool(x, (2, 2), (2, 2)),
+    "conv with a bounded kernel": lambda x: conv(x, x[:2, :2, :, None]),
+    "residual": lambda x: x + jax.nn.relu(conv(x, K[..., :2])),
+    "weights and images": lambda x: conv(x, jnp.tile(x[:2, :2, :, None], (1, 1, 1, 2))),
+}
 
 
 @pytest.mark.parametrize("name", IMAGES)
-@pytest.mark.parametrize("threat", [Linf(0.1), L2(0.5), L1(1.0)], ids=["linf", "l2", "l1"])
+@pytest.mark.parametrize("threat", [Linf(0.1), L2(0.5)], ids=["linf", "l2"])
 def test_images(name, threat):
     check_sound(IMAGES[name], threat, IMAGE, slack=2e-5)
 
 
-# ------------------------------------------------------------------ what must not happen
+# ----------------------------------------------------------------- what must not happen
 
 
 def test_division_by_an_interval_with_zero_is_unbounded_and_never_nan():
@@ -224,14 +244,16 @@ def test_division_by_an_interval_with_zero_is_unbounded_and_never_nan():
     np.testing.assert_array_equal(lower, [-np.inf, 1, -np.inf, -np.inf, 0.5, 0.5])
     np.testing.assert_array_equal(upper, [np.inf, np.inf, np.inf, -1, np.inf, 1])
     lower, upper = ibp(lambda v: (v - 0.5) / v)(Box(x, y), x)
-    assert not jnp.isnan(lower).any() and not jnp.isnan(upper).any()
+    assert not jnp.isnan(lower).any()
+    assert not jnp.isnan(upper).any()
 
 
 def test_a_domain_that_the_set_leaves_gives_no_nan():
     box = Box(jnp.array([-1.0]), jnp.array([4.0]))
     for f in (jnp.log, jnp.sqrt, lax.rsqrt, lambda v: v**1.5, lambda v: v**-3):
         lower, upper = ibp(f)(box, box.lower)
-        assert not jnp.isnan(lower).any() and not jnp.isnan(upper).any()
+        assert not jnp.isnan(lower).any()
+        assert not jnp.isnan(upper).any()
 
 
 def test_nan_in_stays_nan():
@@ -292,17 +314,21 @@ def test_margins_equal_the_elided_last_layer():
     threat, label = Linf(0.1), 3
     h = ibp(lambda x: jax.nn.relu(jax.nn.relu(x.ravel()[:6] @ W) @ W.T))(threat, X)
     rows = jnp.stack([W[:, label] - W[:, k] for k in (0, 1, 2, 4)])
-    middle, spread = rows @ (h.lower + h.upper) / 2, jnp.abs(rows) @ (h.upper - h.lower) / 2
+    middle, spread = (
+        rows @ (h.lower + h.upper) / 2,
+        jnp.abs(rows) @ (h.upper - h.lower) / 2,
+    )
     lower, upper = ibp(lambda x: margins(network(x), label))(threat, X)
     np.testing.assert_allclose(lower, middle - spread, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(upper, middle + spread, rtol=1e-5, atol=1e-5)
     logits = ibp(network)(threat, X)
     naive = logits.lower[label] - jnp.delete(logits.upper, label)
-    assert (lower >= naive - 1e-5).all() and (lower > naive + 1e-3).any()
+    assert (lower >= naive - 1e-5).all()
+    assert (lower > naive + 1e-3).any()
 
 
 def test_an_affine_function_is_bounded_exactly():
-    f = lambda x: jnp.cumsum((x @ W)[:, ::2].ravel() @ jnp.ones((12, 3)) - x.sum())  # noqa: E731
+    f = lambda x: jnp.cumsum((x @ W)[:, ::2].ravel() @ jnp.ones((12, 3)) - x.sum())
     rows = jax.jacobian(f)(X).reshape(3, -1)
     exact = f(X) + jnp.abs(rows).sum(1) * 0.1
     np.testing.assert_allclose(ibp(f)(Linf(0.1, -9.0, 9.0), X).upper, exact, rtol=1e-5)
@@ -317,7 +343,7 @@ def test_softmax_bounds_by_hand():
 
 def test_bounds_shrink_with_eps_and_reach_the_value():
     widths = [ibp(network)(Linf(eps), X) for eps in (0.0, 0.01, 0.1)]
-    for inner, outer in zip(widths, widths[1:], strict=False):
+    for inner, outer in itertools.pairwise(widths):
         assert (inner.lower >= outer.lower - 1e-6).all()
         assert (inner.upper <= outer.upper + 1e-6).all()
     np.testing.assert_allclose(widths[0].lower, network(X), rtol=1e-5, atol=1e-5)
@@ -338,7 +364,9 @@ def test_jit_vmap_and_traced_eps_agree_and_compile_once():
     for eps in (0.01, 0.1):
         batched = bound(Linf(eps), xs)
         single = [ibp(network)(Linf(eps), x) for x in xs]
-        np.testing.assert_allclose(batched.lower, [s.lower for s in single], rtol=2e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            batched.lower, [s.lower for s in single], rtol=2e-5, atol=1e-5
+        )
     assert len(traces) == 1
 
 
@@ -357,11 +385,12 @@ def test_gradients_agree_with_finite_differences():
 def test_parameters_may_be_the_perturbed_input():
     params = {"w": W, "b": jnp.ones(6)}
     box = Box(*(jax.tree.map(lambda v, s=s: v + s, params) for s in (-0.01, 0.01)))
-    f = lambda p: jax.nn.relu(X[0] @ p["w"] + p["b"])  # noqa: E731
+    f = lambda p: jax.nn.relu(X[0] @ p["w"] + p["b"])
     lower, upper = ibp(f)(box, params)
     keys = jax.random.split(KEY, 200)
     outs = jax.vmap(lambda k: f(box.sample(k, params)))(keys)
-    assert (outs >= lower - ULPS).all() and (outs <= upper + ULPS).all()
+    assert (outs >= lower[None] - ULPS).all()
+    assert (outs <= upper[None] + ULPS).all()
 
 
 def test_layers_are_the_pre_activation_intervals():
@@ -374,5 +403,6 @@ def test_layers_are_the_pre_activation_intervals():
 
 def test_functions_of_several_outputs_keep_their_tree():
     bounds = ibp(lambda x: {"a": x + 1, "b": (x.sum(), jnp.ones(3))})(Linf(0.1), X)
-    assert bounds.lower["b"][0].shape == () and bounds.upper["a"].shape == SHAPE
+    assert bounds.lower["b"][0].shape == ()
+    assert bounds.upper["a"].shape == SHAPE
     np.testing.assert_array_equal(bounds.lower["b"][1], np.ones(3))

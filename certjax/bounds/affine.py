@@ -74,9 +74,7 @@ def is_affine(equation: Equation, bounded: list[bool]) -> bool:
     if primitive in BILINEAR:
         return sum(bounded) == 1
     if primitive in IN_OPERANDS:
-        return all(
-            i in IN_OPERANDS[primitive] for i, on in enumerate(bounded) if on
-        )
+        return all(i in IN_OPERANDS[primitive] for i, on in enumerate(bounded) if on)
     return primitive in JOINTLY
 
 

@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 
 import jax
 
-from certjax.walk import Composite, Graph, Pattern, fuse
+from certjax.walk import Composite, fuse, Graph, Pattern
 
 
 def _axis_function(f: Callable) -> Callable:

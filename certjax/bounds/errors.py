@@ -4,11 +4,13 @@ from certjax.types import Interval
 from certjax.walk import Equation
 
 
-class UnsupportedPrimitive(NotImplementedError):
+class UnsupportedPrimitive(NotImplementedError):  # noqa: N818  a public name
     """A primitive without a rule, on values that depend on the perturbed input."""
 
 
-def unsupported(equation: Equation, values: list, method: str, why: str = "") -> Exception:
+def unsupported(
+    equation: Equation, values: list, method: str, why: str = ""
+) -> Exception:
     """The error for an equation: the primitive, its operands, the user's line."""
     shapes = ", ".join(
         f"{atom.aval.str_short()}{' (bounded)' if isinstance(value, Interval) else ''}"

@@ -1,0 +1,143 @@
+"""Speed and memory, side by side: `python -m experiments.benchmark suite=bounds`.
+
+The cases of a group take turns, round after round, so that whatever else the machine
+does hits all of them alike; the ratio is the median over rounds of case / reference.
+Compilation is timed apart. Memory is what the compiled program asks for (arguments
+are shared and not counted).
+"""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from experiments import build, console
+from experiments.cli import Launch, launch
+from experiments.suites import Case, Group, SUITES
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The config of `experiments.benchmark`."""
+
+    suite: str
+    rounds: int
+    out: str
+
+    def __post_init__(self) -> None:
+        """Refuse unknown suites and empty measurements."""
+        if self.suite not in SUITES:
+            known = ", ".join(SUITES)
+            raise build.ConfigError(f"suite must be one of {known}, got {self.suite}")
+        if self.rounds < 1:
+            raise build.ConfigError(f"rounds must be at least 1, got {self.rounds}")
+
+
+class Row(NamedTuple):
+    """One measured case; times in ms, memory in MiB."""
+
+    group: str
+    case: str
+    median_ms: float
+    least_ms: float
+    ratio: float
+    target: float | None
+    compile_s: float
+    memory_mib: float
+
+
+def work(config: dict[str, Any], _: Launch) -> None:
+    """Measure a suite, print it, keep it as JSON."""
+    settings = build.settings(Settings, config)
+    groups = SUITES[settings.suite]()
+    rows = [row for group in groups for row in measure(group, settings.rounds)]
+    show(settings.suite, rows)
+    out = Path(settings.out) / f"{settings.suite}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    record = {"machine": machine(), "rows": [row._asdict() for row in rows]}
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    console.say(f"written to {out}")
+
+
+def machine() -> dict[str, str]:
+    """What the numbers were measured on."""
+    device = jax.devices()[0]
+    return {
+        "device": f"{len(jax.devices())} x {device.device_kind}",
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def measure(group: Group, rounds: int) -> Iterable[Row]:
+    """Time the cases of a group in turns; the first is the reference."""
+    compiled = [compile_case(case) for case in group.cases]
+    runs = [run for run, _, _ in compiled]
+    for run in runs:
+        run()
+    times = [[timed(run) for run in runs] for _ in range(rounds)]
+    for i, case in enumerate(group.cases):
+        ms = [row[i] for row in times]
+        # how many times the reference's work the case has to do at the least
+        ratio = statistics.median(row[i] / (case.work * row[0]) for row in times)
+        _, seconds, memory = compiled[i]
+        yield Row(
+            group.name,
+            case.name,
+            statistics.median(ms),
+            min(ms),
+            ratio,
+            case.target,
+            seconds,
+            memory,
+        )
+
+
+def compile_case(case: Case) -> tuple[Callable[[], Any], float, float]:
+    """A function that runs the case to its end; seconds to compile; MiB of memory."""
+    start = time.perf_counter()
+    program = jax.jit(case.function).lower(*case.arguments).compile()
+    seconds = time.perf_counter() - start
+    analysis = program.memory_analysis()
+    size = 0 if analysis is None else analysis.temp_size_in_bytes
+    return (
+        lambda: jax.block_until_ready(program(*case.arguments)),
+        seconds,
+        size / 2**20,
+    )
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Milliseconds of one run."""
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def show(suite: str, rows: list[Row]) -> None:
+    """The table."""
+    columns = ["case", "median ms", "least ms", "x least work", "target", "compile s"]
+    cells = [
+        [
+            f"{row.group}: {row.case}",
+            f"{row.median_ms:.2f}",
+            f"{row.least_ms:.2f}",
+            f"{row.ratio:.2f}",
+            "" if row.target is None else f"<= {row.target:g}",
+            f"{row.compile_s:.1f}",
+            f"{row.memory_mib:.1f}",
+        ]
+        for row in rows
+    ]
+    console.table(f"{suite} on {machine()['device']}", [*columns, "MiB"], cells)
+
+
+if __name__ == "__main__":
+    launch("benchmark", work)
