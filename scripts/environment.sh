@@ -61,7 +61,7 @@ install_with_pip() {
         fail "pip could not install certjax, see above (it needs a package index)"
 }
 
-if ! installed; then
+install() {
     echo "Installing into $venv (once; about a minute) ..." >&2
     rm -f "$venv/.installed"
     if ! command -v uv >/dev/null; then
@@ -71,4 +71,12 @@ if ! installed; then
         install_with_pip
     fi
     wanted >"$venv/.installed"
+}
+
+if ! installed; then
+    mkdir -p .cache
+    exec 9>.cache/install.lock # another script may be installing: wait for it
+    if command -v flock >/dev/null; then flock 9; fi
+    installed || install
+    exec 9>&-
 fi

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,14 @@ def test_installs_once_and_again_when_the_lock_changes(checkout):
     (checkout / "uv.lock").write_text("another")
     call(checkout, "--version")
     assert len(calls.read_text().splitlines()) == 2
+
+
+def test_two_scripts_at_once_install_once(checkout):
+    calls = stand_in_for_uv(checkout)
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda _: call(checkout, "--version"), range(2)))
+    assert [one.returncode for one in done] == [0, 0]
+    assert shutil.which("flock") is None or len(calls.read_text().splitlines()) == 1
 
 
 def test_arguments_with_spaces_reach_the_program(checkout):
