@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from certjax.attacks.geometry import into_l1_box
-from certjax.attacks.losses import cross_entropy, dlr_towards, Goal, Loss
+from certjax.attacks.losses import dlr_towards, Goal, log_odds, Loss
 from certjax.attacks.search import (
     at_random,
     check_counts,
@@ -44,7 +44,7 @@ def apgd(
     *,
     steps: int = 100,
     restarts: int = 1,
-    loss: Loss = cross_entropy,
+    loss: Loss = log_odds,
     rho: float = 0.75,
     goal: Goal = "untargeted",
     early_exit: bool = False,
@@ -55,7 +55,8 @@ def apgd(
       threat: the perturbation set.
       steps: gradient evaluations of one restart after the first.
       restarts: independent random starts.
-      loss: `loss(logits, label)`, ascended: `cross_entropy`, `dlr`, `margin_loss`, ..
+      loss: `loss(logits, label)`, ascended: `log_odds` (in its steps the same
+        as cross-entropy), `dlr`, `margin_loss`, ..
       rho: share of rising steps below which the step is halved at a checkpoint.
       goal: "targeted": `label` is the class to reach, and the loss is descended.
       early_exit: stop at the first point that reaches the goal instead of looking
@@ -79,42 +80,37 @@ def apgd(
     return guarded(attack)
 
 
-def apgd_targeted(
+def apgd_towards(
     threat: Threat,
+    rank: Array | int,
     *,
     steps: int = 100,
-    targets: int = 9,
-    loss_towards=dlr_towards,  # noqa: ANN001
+    loss_towards: Callable[[Array], Loss] = dlr_towards,
     early_exit: bool = False,
 ) -> Attack:
-    """APGD towards each of the most likely wrong classes in turn (APGD-T).
+    """APGD towards the wrong class that is `rank`-th most likely at x, from 0.
 
-    Untargeted in its goal: any misclassification ends it.
+    Untargeted in its goal: any misclassification counts. `rank` may be traced.
 
     Args:
       threat: the perturbation set.
-      steps: gradient evaluations per target.
-      targets: number of target classes; with fewer wrong classes, all of them.
+      rank: of the target among the wrong classes.
+      steps: gradient evaluations after the first.
       loss_towards: `target -> loss`; the targeted DLR needs four classes.
       early_exit: stop at the first misclassified point.
     """
-    check_counts(steps=steps, targets=targets)
-
+    check_counts(steps=steps)
     plan = _Plan(threat, steps, 0.75, early_exit)
 
     def attack(key: Key, f: Classifier, x: Array, label: Array) -> Array:
         logits = at_random(f, key)(x)
-        count = min(targets, logits.shape[0] - 1)
-
-        def towards(rank: Array, found: Judged) -> Judged:
-            loss = loss_towards(ranked_target(logits, label, rank))
-            aim = functools.partial(_slope_at, f, label, loss, "untargeted")
-            # losses towards different targets are not comparable: only success counts
-            start = found._replace(loss=-jnp.inf)
-            return _run(plan, jax.random.fold_in(key, rank), aim, x, start)
-
-        clean = judge(at_random(f, key), label, cross_entropy, "untargeted")
-        return repeat(count, towards, clean(threat.project(x, x)), plan.stop).z
+        loss = loss_towards(ranked_target(logits, label, rank))
+        aim = functools.partial(_slope_at, f, label, loss, "untargeted")
+        clean = judge(at_random(f, key), label, loss, "untargeted")
+        found = clean(threat.project(x, x))
+        # the loop does nothing where early_exit finds x misclassified already
+        once = lambda _, found: _run(plan, key, aim, x, found)
+        return repeat(1, once, found, plan.stop).z
 
     return guarded(attack)
 

@@ -37,7 +37,7 @@ def fab(
     *,
     steps: int = 100,
     restarts: int = 1,
-    targets: int | None = None,
+    rank: Array | int | None = None,
     early_exit: bool = False,
 ) -> Attack:
     """FAB within a threat set: the nearest boundary point if it lies in the set.
@@ -47,11 +47,12 @@ def fab(
       steps: linearisations of one restart; one forward more each, and one backward
         pass per class where untargeted.
       restarts: the first starts at x, the others at random points of the set.
-      targets: None: at each step towards the nearest of all linearised boundaries;
-        a number: towards each of that many most likely wrong classes in turn (FAB-T).
+      rank: None: at each step towards the nearest of all linearised boundaries; else
+        towards the wrong class of that rank at x, 0 the most likely one (FAB-T is
+        `targeted_sweep` over ranks). It may be traced.
       early_exit: stop at the first misclassified point inside the set.
     """
-    nearest = _nearest(threat, steps, restarts, targets, early_exit)
+    nearest = _nearest(_plan(threat, steps, early_exit=early_exit), restarts, rank)
 
     def attack(key: Key, f: Classifier, x: Array, label: Array) -> Array:
         at = judge(at_random(f, key), label, margin_loss, "untargeted")
@@ -66,7 +67,7 @@ def fab_minimum(
     *,
     steps: int = 100,
     restarts: int = 1,
-    targets: int | None = None,
+    rank: Array | int | None = None,
 ) -> Attack:
     """FAB as a minimum-norm attack: the nearest misclassified point that it finds.
 
@@ -74,12 +75,12 @@ def fab_minimum(
       threat: names norm and domain; its eps is the radius of the random restarts.
       steps: linearisations of one restart.
       restarts: the first starts at x, the others at random.
-      targets: None or the number of target classes, as in `fab`.
+      rank: None or the rank of the target, as in `fab`.
 
     Returns:
       attack(key, f, x, label) -> z in the domain; x itself where nothing was found.
     """
-    nearest = _nearest(threat, steps, restarts, targets, early_exit=False)
+    nearest = _nearest(_plan(threat, steps, early_exit=False), restarts, rank)
     return guarded(lambda key, f, x, label: nearest(key, f, x, label).z)
 
 
@@ -101,34 +102,34 @@ class _Plan(NamedTuple):
         )
 
 
-def _nearest(
-    threat: Threat,
-    steps: int,
-    restarts: int,
-    targets: int | None,
-    early_exit: bool,
-) -> Callable[[Key, Classifier, Array, Array], _Nearest]:
-    check_counts(steps=steps, restarts=restarts, targets=targets or 1)
+def _plan(threat: Threat, steps: int, *, early_exit: bool) -> _Plan:
+    check_counts(steps=steps)
     if isinstance(threat, Box):
         raise TypeError("fab minimises a norm: it needs Linf, L2 or L1, got Box")
-    plan = _Plan(threat, steps, early_exit)
+    return _Plan(threat, steps, early_exit)
+
+
+def _nearest(
+    plan: _Plan, restarts: int, rank: Array | int | None
+) -> Callable[[Key, Classifier, Array, Array], _Nearest]:
+    check_counts(restarts=restarts)
 
     def search(key: Key, f: Classifier, x: Array, label: Array) -> _Nearest:
         f = at_random(f, key)
         logits = f(x)
-        wrong = reached(logits, label)
-        best = _Nearest(x, jnp.where(wrong, 0.0, jnp.inf).astype(x.dtype))
-        count = restarts * min(targets or 1, logits.shape[0] - 1)
+        plane = _all_planes
+        if rank is not None:
+            plane = functools.partial(_one_plane, ranked_target(logits, label, rank))
+        plane_at = functools.partial(plane, f, label)
+        distance = jnp.where(reached(logits, label), 0.0, jnp.inf)
 
         def run(i: Array, best: _Nearest) -> _Nearest:
-            target = ranked_target(logits, label, i // restarts)
-            plane = _all_planes if targets is None else functools.partial(_one, target)
-            start = _start(threat, jax.random.fold_in(key, i), x, i % restarts > 0)
-            return _run(
-                plan, functools.partial(plane, f, label), f, x, label, start, best
-            )
+            start = _start(plan.threat, jax.random.fold_in(key, i), x, i > 0)
+            return _run(plan, plane_at, f, x, label, start, best)
 
-        return repeat(count, run, best, plan.stop)
+        best = _Nearest(x, distance.astype(x.dtype))
+        stop = plan.stop if plan.early_exit else None
+        return repeat(restarts, run, best, stop)
 
     return search
 
@@ -149,7 +150,13 @@ class _Plane(NamedTuple):
     gap: Array
 
 
-def _one(target: Array, f: Classifier, label: Array, norm: type, z: Array) -> _Plane:  # noqa: ARG001
+def _one_plane(
+    target: Array,
+    f: Classifier,
+    label: Array,
+    norm: type,  # noqa: ARG001
+    z: Array,
+) -> _Plane:
     def difference(z: Array) -> Array:
         logits = f(z)
         return logits[target] - logits[label]

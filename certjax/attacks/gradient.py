@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from certjax.attacks.losses import cross_entropy, Goal, Loss
+from certjax.attacks.losses import Goal, log_odds, Loss
 from certjax.attacks.search import (
     at_random,
     check_counts,
@@ -30,9 +30,7 @@ from certjax.types import Array, Attack, Classifier, Key, Scalar
 L1_SHARE = 0.05  # of the coordinates that one sparse l1 step moves
 
 
-def fgsm(
-    threat: Threat, *, loss: Loss = cross_entropy, goal: Goal = "untargeted"
-) -> Attack:
+def fgsm(threat: Threat, *, loss: Loss = log_odds, goal: Goal = "untargeted") -> Attack:
     """One step to the end of the set along the steepest direction.
 
     Maximises the linearised loss over the ball (before the cut to the domain).
@@ -58,7 +56,7 @@ def pgd(  # noqa: PLR0913
     momentum: float = 0.0,
     nesterov: bool = False,
     random_start: bool = True,
-    loss: Loss = cross_entropy,
+    loss: Loss = log_odds,
     goal: Goal = "untargeted",
 ) -> Attack:
     """Projected gradient ascent with a fixed step, the best visited point kept.
@@ -76,7 +74,8 @@ def pgd(  # noqa: PLR0913
       momentum: weight of the accumulated, normalised gradients; 1.0 is MI-FGSM.
       nesterov: evaluate the gradient one momentum step ahead (NI-FGSM).
       random_start: start at a random point of the set instead of x.
-      loss: `loss(logits, label)`, ascended.
+      loss: `loss(logits, label)`, ascended; `log_odds` gives the steps of
+        cross-entropy, without its saturation.
       goal: "targeted": `label` is the class to reach, and the loss is descended.
 
     Returns:

@@ -21,8 +21,20 @@ _TINY = 1e-12  # keeps the quotients of the DLR losses finite, as in the referen
 
 
 def cross_entropy(logits: Array, label: Array) -> Array:
-    """`-log softmax(logits)[label]`; its gradient is 0 in float32 once saturated."""
+    """`-log softmax(logits)[label]`; its float32 gradient is 0 once saturated."""
     return jax.nn.logsumexp(logits) - logits[label]
+
+
+def log_odds(logits: Array, label: Array) -> Array:
+    """Log of the odds of any other class, `log((1 - p) / p)` at the label's p.
+
+    Cross-entropy is an increasing function of it, hence both have the same maximisers,
+    the same order of points and gradients of the same direction: every attack that
+    uses only these takes the same steps. Its gradient never saturates.
+    """
+    is_label = jnp.arange(logits.shape[0]) == label
+    others = jnp.where(is_label, -jnp.inf, logits)
+    return jax.nn.logsumexp(others) - logits[label]
 
 
 def best_other(logits: Array, label: Array) -> Array:

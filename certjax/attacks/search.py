@@ -7,6 +7,7 @@ attacked accuracy can never exceed the clean one.
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import field
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -30,6 +31,7 @@ Judge: TypeAlias = Callable[[Array], Judged]
 Slope: TypeAlias = Callable[[Array], tuple[Judged, Array]]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Expectation:
     """A randomised classifier, attacked in expectation over its own randomness (EOT).
@@ -45,8 +47,8 @@ class Expectation:
     Source: Athalye et al. 2018, arXiv:1707.07397.
     """
 
-    sample: Callable[[Key, Array], Array]
-    draws: int
+    sample: Callable[[Key, Array], Array] = field(metadata={"static": True})
+    draws: int = field(metadata={"static": True})
     key: Key
 
     def each(self, x: Array) -> Array:
@@ -82,7 +84,13 @@ def guarded(attack: Attack) -> Attack:
             return x
         return jax.lax.stop_gradient(attack(key, _prepared(f, x), x, label))
 
+    run.bare = attack  # type: ignore[attr-defined]
     return run
+
+
+def bare(attack: Attack) -> Attack:
+    """The attack for inputs that a surrounding attack has prepared already."""
+    return getattr(attack, "bare", attack)
 
 
 def _prepared(f: Classifier, x: Array) -> Classifier:

@@ -1,0 +1,259 @@
+"""Attacks one after the other on a batch, broken examples leaving it.
+
+The one host-driven part: after each round the survivors are packed into batches of one
+fixed size, so that every round is one compiled program whatever is left, and a result
+does not depend on how many examples were given or on the number of devices.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from certjax.attacks.losses import cross_entropy, reached
+from certjax.attacks.search import at_random, checked_input, Expectation
+from certjax.threat import Threat
+from certjax.types import Array, Attack, Classifier, Key
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One attack of a cascade, in `rounds` rounds with compaction in between.
+
+    Args:
+      name: for the record.
+      attack: `(threat, i) -> attack` of round i, a traced integer; a module-level
+        function, so that a second cascade does not compile it again.
+      rounds: restarts, or targets.
+      ranks: the rounds are targets: never more than there are wrong classes.
+    """
+
+    name: str
+    attack: Callable[[Threat, Array], Attack]
+    rounds: int = 1
+    ranks: bool = False
+
+
+class Broken(NamedTuple):
+    """The outcome of a cascade over [N] examples.
+
+    z: like xs, float32: the misclassified point; x where none was found.
+    by: [N] int: the stage that broke it, -1 for none, -2 misclassified at x itself.
+    round: [N] int: in which round of the stage; 0 where none.
+    finite: [N] bool: no NaN in the logits of x; an example with NaN is not attacked.
+    names: the stages.
+    warnings: reasons to distrust the result, in words.
+    """
+
+    z: np.ndarray
+    by: np.ndarray
+    round: np.ndarray
+    finite: np.ndarray
+    names: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def robust_accuracy(self) -> float:
+        """Share of examples that no stage broke, in [0, 1]; NaN for no example."""
+        return float(np.mean((self.by == -1) & self.finite)) if len(self.by) else np.nan
+
+
+def cascade(
+    stages: tuple[Stage, ...],
+    threat: Threat,
+    *,
+    lanes: int = 128,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Callable[[Key, Classifier, Array, Array], Broken]:
+    """Build `run(key, f, xs, labels, first=0) -> Broken`.
+
+    `first` numbers the examples: a set attacked in pieces, each with the number of its
+    first example, gives the same result as attacked at once.
+
+    Args:
+      stages: in the order in which they run, e.g. `autoattack_stages(threat)`.
+      threat: the perturbation set.
+      lanes: examples per compiled call and device; the last call is padded. More suits
+        a GPU. Results are reproducible to the bit for equal lanes.
+      progress: called with (stage, round, examples left) before each round.
+
+    To keep the weights of a large network out of the compiled program, pass f as
+    `jax.tree_util.Partial(apply, weights)`.
+    """
+    if lanes < 1:
+        raise ValueError(f"lanes must be at least 1, got {lanes}")
+
+    def run(
+        key: Key, f: Classifier, xs: Array, labels: Array, first: int = 0
+    ) -> Broken:
+        examples = _examples(xs, labels, first)
+        f = f if isinstance(f, Partial | Expectation) else Partial(f)
+        looks = _look_all(f, key, examples, lanes)
+        record = _begin(examples, looks)
+        notes = _notes(stages, looks, randomised=isinstance(f, Expectation))
+        for number, stage in enumerate(stages):
+            for i in range(_rounds(stage, looks.logits.shape[1])):
+                alive = np.flatnonzero((record.by == -1) & record.finite)
+                if not len(alive):
+                    break
+                if progress:
+                    progress(stage.name, i, len(alive))
+                attack = partial(_attacked, stage, threat, f, key, number, i)
+                for index, (z, fooled) in _batches(attack, examples, alive, lanes):
+                    hit = index[fooled]
+                    record.z[hit], record.by[hit] = z[fooled], number
+                    record.round[hit] = i
+        names = tuple(stage.name for stage in stages)
+        notes += _square_notes(names, record.by)
+        return record._replace(names=names, warnings=notes)
+
+    return run
+
+
+class _Examples(NamedTuple):
+    """Inputs, labels and the numbers from which the keys are derived; all [N]."""
+
+    xs: np.ndarray
+    labels: np.ndarray
+    numbers: np.ndarray
+
+
+def _examples(xs: Array, labels: Array, first: int) -> _Examples:
+    xs, labels = np.asarray(checked_input(xs)), np.asarray(labels, np.int32)
+    if labels.shape != xs.shape[:1]:
+        raise ValueError(
+            f"need one label for each input, got {labels.shape} and {xs.shape}; "
+            "xs is a batch [N, ...]"
+        )
+    return _Examples(xs, labels, np.arange(first, first + len(xs), dtype=np.int32))
+
+
+class _Look(NamedTuple):
+    """What the clean examples show: logits [N, K], gradients all zero [N]."""
+
+    logits: np.ndarray
+    flat: np.ndarray
+
+
+def _rounds(stage: Stage, classes: int) -> int:
+    if classes < 2:
+        return 0
+    return min(stage.rounds, classes - 1) if stage.ranks else stage.rounds
+
+
+def _batches(
+    run: Callable, examples: _Examples, chosen: np.ndarray, lanes: int
+) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
+    """(indices, results) of fixed-size batches, spread over the devices in turn."""
+    devices = jax.local_devices()
+    waiting = []
+    for number, start in enumerate(range(0, len(chosen), lanes)):
+        index = chosen[start : start + lanes]
+        padded = np.concatenate([index, np.repeat(index[:1], lanes - len(index))])
+        batch = tuple(column[padded] for column in examples)
+        device = devices[number % len(devices)]
+        waiting.append((index, run(*jax.device_put(batch, device))))
+    for index, results in waiting:
+        yield index, tuple(np.asarray(r)[: len(index)] for r in results)
+
+
+@partial(jax.jit, static_argnums=0)
+def _attacked(  # noqa: PLR0913, PLR0917
+    stage: Stage,
+    threat: Threat,
+    f: Classifier,
+    key: Key,
+    number: Array,
+    i: Array,
+    xs: Array,
+    labels: Array,
+    numbers: Array,
+) -> tuple[Array, Array]:
+    def one(n: Array, x: Array, label: Array) -> tuple[Array, Array]:
+        own = reduce(jax.random.fold_in, (n, number, i), key)
+        z = stage.attack(threat, i)(own, f, x, label)
+        return z, reached(at_random(f, own)(z), label)
+
+    return jax.vmap(one)(numbers, xs, labels)
+
+
+@jax.jit
+def _looked(
+    f: Classifier, key: Key, xs: Array, labels: Array, numbers: Array
+) -> tuple[Array, Array]:
+    def one(n: Array, x: Array, label: Array) -> tuple[Array, Array]:
+        g = at_random(f, jax.random.fold_in(key, n))
+        gradient = jax.grad(lambda z: cross_entropy(g(z), label))(x)
+        return g(x), jnp.all(gradient == 0)
+
+    return jax.vmap(one)(numbers, xs, labels)
+
+
+def _look_all(f: Classifier, key: Key, examples: _Examples, lanes: int) -> _Look:
+    everything = np.arange(len(examples.labels))
+    if not len(everything):
+        return _Look(np.zeros((0, 1), np.float32), np.zeros(0, bool))
+    batches = _batches(partial(_looked, f, key), examples, everything, lanes)
+    logits, flat = zip(*[results for _, results in batches], strict=True)
+    return _Look(np.concatenate(logits), np.concatenate(flat))
+
+
+def _begin(examples: _Examples, looks: _Look) -> Broken:
+    finite = ~np.isnan(looks.logits).any(axis=1)
+    wrong = looks.logits.argmax(axis=1) != examples.labels
+    by = np.where(wrong & finite, -2, -1)
+    return Broken(examples.xs.copy(), by, np.zeros_like(by), finite, (), ())
+
+
+def _notes(
+    stages: tuple[Stage, ...], looks: _Look, *, randomised: bool
+) -> tuple[str, ...]:
+    """The warnings of the reference that the clean examples give."""
+    logits = looks.logits
+    classes, names = logits.shape[1], [stage.name for stage in stages]
+    targets = max((stage.rounds for stage in stages if stage.ranks), default=0)
+    found = {
+        f"{np.isnan(logits).any(axis=1).sum()} examples have NaN logits: not attacked, "
+        "counted as not robust": np.isnan(logits).any(),
+        f"{looks.flat.sum()} examples have a zero gradient: attacks that follow the "
+        "gradient may overestimate robustness": looks.flat.any(),
+        "the outputs look like probabilities: attack the logits": _is_simplex(logits),
+        f"the DLR losses need more than {classes} classes: the margin stands in": (
+            _uses_dlr(names, classes)
+        ),
+        f"{targets} target classes were asked for, {classes - 1} exist": (
+            targets > classes - 1
+        ),
+        "the classifier is randomised: use version='rand'": (
+            randomised and "square" in names
+        ),
+    }
+    return tuple(text for text, holds in found.items() if holds)
+
+
+def _uses_dlr(names: list[str], classes: int) -> bool:
+    return ("apgd-dlr" in names and classes < 3) or ("apgd-t" in names and classes < 4)
+
+
+def _is_simplex(logits: np.ndarray) -> bool:
+    inside = (logits > -1e-5) & (logits < 1 + 1e-5)
+    sums = np.abs(logits.sum(axis=1) - 1) < 1e-5
+    return bool(len(logits) and inside.all() and sums.all())
+
+
+def _square_notes(names: tuple[str, ...], by: np.ndarray) -> tuple[str, ...]:
+    """The reference's sign of masked gradients: a black-box attack that adds much."""
+    if "square" not in names or len(names) < 2:
+        return ()
+    gained = float(np.mean(by == names.index("square"))) if len(by) else 0.0
+    if gained <= 0.002:
+        return ()
+    return (
+        f"Square broke {gained:.1%} of the examples that the attacks before it could "
+        "not: their gradients may be masked",
+    )
