@@ -268,6 +268,7 @@ class _Opaque:
             [v for v in eqn.invars if not isinstance(v, jex.Literal)],
             eqn.outvars,
             [eqn],
+            debug_info=jex.DebugInfo(eqn.primitive.name, __file__, None, None),
         )
         self.name = eqn.primitive.name
         self.positions = [
