@@ -26,7 +26,7 @@ from certjax.threat import Threat
 from certjax.types import Array, Attack, Classifier, Interval, Key, PyTree
 from experiments import checkpoint, devices
 from experiments.console import progress
-from experiments.runs import append_lines, keep_lines, Stopped
+from experiments.runs import append_lines, finite, keep_lines, Stopped
 
 
 Bounds = Callable[[Classifier], Callable[[Threat, Array], Interval]]
@@ -209,12 +209,17 @@ def evaluate(task: Evaluation, file: Path, stop: Callable[[], int]) -> list[Reco
                 continue
             if signum := stop():
                 raise Stopped(signum, f"after {len(found)} of {total} test examples")
-            rows = [{**row, "weights": weights} for row in _judge(task, unit, clean)]
+            rows = [_row(row, weights) for row in _judge(task, unit, clean)]
             new = [row for row in rows if row["index"] not in found]
             append_lines(file, new)
             found |= {row["index"]: row for row in new}
             advance(len(new))
     return [found[int(i)] for i in task.examples.index]
+
+
+def _row(row: Record, weights: str) -> Record:
+    """A record as it is read back: it names its weights, and NaN is None."""
+    return finite({**row, "weights": weights})
 
 
 def _clean(task: Evaluation) -> _Clean:

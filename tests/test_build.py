@@ -115,12 +115,12 @@ def test_values_of_the_right_type_are_bound(numbers):
 
 
 def test_unknown_keys_are_named_with_their_neighbour():
-    with pytest.raises(ConfigError, match="unknown key `stpes`.*did you mean `steps`"):
+    with pytest.raises(ConfigError, match=r"unknown key `stpes`.*did you mean `steps`"):
         attack(stpes=3)
 
 
 def test_missing_keys_and_refused_numbers_are_blamed_on_the_config_key():
-    with pytest.raises(ConfigError, match="`threat`.*eps"):
+    with pytest.raises(ConfigError, match=r"`threat`.*eps"):
         build.build({"_target_": "certjax.threat.Linf"}, where="threat")
     with pytest.raises(ConfigError, match=r"`threat`: eps must lie in \[0, 1\].*3/255"):
         build.build({"_target_": "certjax.threat.Linf", "eps": 3}, where="threat")

@@ -50,7 +50,7 @@ def test_restores_bit_for_bit_and_keeps_two(saved):
 
 
 def test_restores_into_shapes_alone(saved):
-    shapes = jax.eval_shape(lambda: tree())
+    shapes = jax.eval_shape(tree)
     assert same(checkpoint.restore(saved, shapes).tree, tree(3))
 
 
@@ -121,7 +121,7 @@ def test_empty_and_unfinished_steps_are_ignored(saved):
 
 def test_another_shape_is_not_restored(saved):
     other = like() | {"step": jnp.zeros((2,), jnp.int32)}
-    with pytest.raises(RunError, match="another network.*fresh=true"):
+    with pytest.raises(RunError, match=r"another network.*fresh=true"):
         checkpoint.restore(saved, other)
     assert checkpoint.restore(saved, like()).step == 3
 

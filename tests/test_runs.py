@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import yaml
@@ -80,24 +81,30 @@ def test_fresh_empties_the_directory_and_nothing_else_does(run):
 
 def test_two_processes_do_not_share_a_run(run):
     with runs.opened(run, fresh=False):
-        with pytest.raises(RunError, match="another process"):
-            with runs.opened(run, fresh=True):
-                pass
+        assert_cannot_open(run, "another process")
     with runs.opened(run, fresh=False):
         pass
 
 
+def assert_cannot_open(run, reason):
+    opening = runs.opened(run, fresh=True)
+    with pytest.raises(RunError, match=reason):
+        opening.__enter__()
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "run").write_text("a file where the folder should be")
-    with pytest.raises(RunError, match=r"cannot write to .*paths\.runs"):
-        with runs.opened(runs.choose(CONFIG, tmp_path), fresh=False):
-            pass
+    run = runs.choose(CONFIG, tmp_path)
+    assert_cannot_open(run, r"cannot write to .*paths\.runs")
 
 
 def test_a_full_disk_is_named(run):
-    with pytest.raises(RunError, match=r"No space left on device.*free some space"):
-        with runs.opened(run, fresh=False), open("/dev/full", "w") as file:
-            file.write("x")
+    with (
+        pytest.raises(RunError, match=r"No space left on device.*free some space"),
+        runs.opened(run, fresh=False),
+        Path("/dev/full").open("w") as file,
+    ):
+        file.write("x")
 
 
 def test_only_a_run_has_a_saved_config(tmp_path):
@@ -149,7 +156,7 @@ def test_damaged_lines_are_dropped_and_made_room_for(tmp_path, damage):
 
 
 def test_lines_of_no_file():
-    assert runs.read_lines(runs.Path("/nowhere/a.jsonl")) == []
+    assert runs.read_lines(Path("/nowhere/a.jsonl")) == []
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
