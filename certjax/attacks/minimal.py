@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from certjax.attacks.geometry import dual_size, into_l1_box, size
-from certjax.attacks.losses import Goal, log_odds, margin_loss, reached
+from certjax.attacks.losses import cross_entropy, Goal, margin_loss, reached
 from certjax.attacks.search import (
     at_random,
     check_counts,
@@ -31,6 +31,9 @@ from certjax.attacks.search import (
 from certjax.loops import fori
 from certjax.threat import Box, L1, L2, Linf, Threat
 from certjax.types import Array, Attack, Classifier, Key
+
+
+VANISHED = 1e-12  # gradients below it give no direction in float32
 
 
 class Nearest(NamedTuple):
@@ -133,11 +136,13 @@ def ddn(
         def step(i: Array, state: tuple[Array, Array, Nearest]) -> tuple:
             z, norm, best = state
             draw = jax.random.fold_in(key, i)
-            here, g = slope(at_random(f, draw), label, log_odds, goal)(z)
+            here, g = slope(at_random(f, draw), label, cross_entropy, goal)(z)
             best = best.closer(z, size(L2, z - x), here.fooled)
             length = 0.01 + 0.99 * _cosine(i, steps)
             direction = _direction(draw, g)
-            norm = norm * jnp.where(here.fooled, 1 - gamma, 1 + gamma)
+            # twice as fast until the first success, which leaves steps to refine it
+            growth = jnp.where(best.found, gamma, 2 * gamma)
+            norm = norm * jnp.where(here.fooled, 1 - gamma, 1 + growth)
             norm = jnp.minimum(norm, furthest)
             delta = norm * threat.ascend(unit(z - x + length * direction))
             return jnp.clip(x + delta, threat.low, threat.high), norm, best
@@ -190,6 +195,7 @@ def fmn(
             eps = jnp.minimum(eps, furthest)
             move = step_size * (0.01 + 0.99 * _cosine(i, steps))
             z = z + move * _direction(draw, g)
+            z = jnp.where(best.found, z, _out_to(norm, x, z, eps))
             return _into(threat, norm, x, z, eps), eps, best
 
         g = at_random(f, key)
@@ -209,20 +215,29 @@ def _radius(
     fooled: Array,
     best: Nearest,
 ) -> Array:
-    """Shrink where misclassified; else grow, at first to the estimated boundary.
-
-    Before the first success the radius never falls: the published rule, the estimate
-    alone, approaches a curved boundary from below for ever (0.44 instead of 1.00
-    success on an undefended MNIST network).
-    """
+    """Shrink where misclassified; else grow, starting at the estimated boundary."""
     shrunk, grown = eps * (1 - share), eps * (1 + share)
     if norm is int:
         shrunk = jnp.minimum(eps - 1, jnp.floor(shrunk))
         grown = jnp.maximum(eps + 1, jnp.floor(grown))
-        boundary = grown
     shrunk = jnp.minimum(shrunk, best.distance)
-    first = jnp.where(jnp.isinf(eps), boundary, jnp.maximum(boundary, grown))
-    return jnp.where(fooled, shrunk, jnp.where(best.found, grown, first))
+    # twice as fast until the first success, which leaves steps to refine it
+    hurried = jnp.where(best.found, grown, eps * (1 + 2 * share))
+    grown = jnp.where(jnp.isinf(eps), boundary, hurried)
+    return jnp.where(fooled, shrunk, grown)
+
+
+def _out_to(norm: type, x: Array, z: Array, eps: Array) -> Array:
+    """Stretch the perturbation to length eps, before the first success.
+
+    The published attack leaves it where it is inside the ball, and may stay at a local
+    maximum of the loss for ever (0.44 instead of 1.00 success on the undefended, 0.76
+    on the adversarially trained network of our benchmark).
+    """
+    if norm is int:
+        return z
+    length = jnp.maximum(size(norm, z - x), 1e-12)
+    return x + (z - x) * jnp.maximum(1.0, eps / length)
 
 
 def _gap(norm: type, margin: Array, g: Array) -> Array:
@@ -268,7 +283,7 @@ def _cosine(i: Array, steps: int) -> Array:
 def _direction(key: Key, g: Array) -> Array:
     """The gradient at l2 norm 1; where it vanishes, a long random step out of there."""
     normal = jax.random.normal(key, g.shape, g.dtype)
-    return jnp.where(jnp.any(g != 0), L2(1.0).ascend(unit(g)), normal)
+    return jnp.where(size(L2, g) > VANISHED, L2(1.0).ascend(unit(g)), normal)
 
 
 def _norm_of(threat: Threat, name: str, *allowed: type) -> type:
