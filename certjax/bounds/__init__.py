@@ -2,7 +2,8 @@
 
 from certjax.bounds.errors import UnsupportedPrimitive
 from certjax.bounds.interval import ibp, ibp_with_layers
+from certjax.bounds.linear import crown
 from certjax.types import Interval
 
 
-__all__ = ["Interval", "UnsupportedPrimitive", "ibp", "ibp_with_layers"]
+__all__ = ["Interval", "UnsupportedPrimitive", "crown", "ibp", "ibp_with_layers"]

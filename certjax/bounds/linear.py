@@ -1,0 +1,453 @@
+"""Linear bound propagation as a transformation: `crown(f)(threat, x) -> Interval`.
+
+A linear function of a node is pulled back, equation by equation, to a linear function
+of the input that lies below it on the whole set; the set's own minimum closes it. An
+affine equation is pulled back by `jax.vjp` of the equation itself; a nonlinear one
+through the two affine functions of `relax`, chosen by the sign of each coefficient.
+
+The relaxations need intervals of the operands: these come from the same pass, from the
+input on (`intermediate="crown"`), from interval arithmetic, or from a forward pass; and
+always intersected with interval arithmetic. Bounds hold in exact arithmetic; NaN and
+infinite coefficients prove nothing and leave the interval bound in place.
+
+Sources: Zhang et al. 2018, arXiv:1811.00866; Xu et al. 2020, arXiv:2002.12920.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from certjax.bounds import slopes
+from certjax.bounds.affine import MIXING, is_affine
+from certjax.bounds.interval import ibp, interval_step
+from certjax.bounds.relax import (
+    Relaxation,
+    bent_interval,
+    is_float,
+    operands,
+    relax,
+)
+from certjax.bounds.rewrite import prepare
+from certjax.threat import Box, Linf, Threat
+from certjax.types import Array, Interval, PyTree
+from certjax.walk import Equation, Graph, Node, primitives as p, read
+
+
+Slope = Callable[[Interval], Array]
+Bound = Callable[[Threat, PyTree], Interval]
+MAX_BYTES = 2**30
+
+
+def crown(
+    f: Callable[[PyTree], PyTree],
+    intermediate: str = "crown",
+    *,
+    slope: Slope = slopes.adaptive,
+    max_bytes: int = MAX_BYTES,
+) -> Bound:
+    """Sound elementwise bounds of `f` over a threat set, by linear relaxation.
+
+    For every z in the set, lower <= f(z) <= upper in exact arithmetic; never looser
+    than `ibp(f)`. Differentiable; works under jit and vmap.
+
+    Args:
+      f: a function of one example (or of one tree of arrays).
+      intermediate: where the intervals in front of each nonlinearity come from:
+        "crown" (the same method), "ibp" (CROWN-IBP) or "forward".
+      slope: interval -> share of the right slope in the lower line of relu-like
+        functions, from `slopes`; any value in [0, 1] is sound.
+      max_bytes: what the coefficients of ONE example may occupy at a time; rows are
+        taken in chunks that fit, with the same result.
+
+    Returns:
+      `bound(threat, x) -> Interval`, lower and upper each like f(x).
+
+    Raises:
+      UnsupportedPrimitive: f uses an operation without an interval rule.
+      ValueError: unknown `intermediate`, or not even one row fits into `max_bytes`.
+    """
+    refine = refinement(intermediate)
+
+    def bound(threat: Threat, x: PyTree) -> Interval:
+        problem, tree = pose(f, threat, x, slope=slope, max_bytes=max_bytes)
+        solve(problem, refine)
+        found = [enclose_output(problem, atom) for atom in problem.graph.outputs]
+        return intersect_trees(ibp(f)(threat, x), unflatten(tree, found))
+
+    return bound
+
+
+class Problem(NamedTuple):
+    """A rewritten graph over a threat set, and what is known of its nodes so far.
+
+    env: intervals of the nodes that depend on the input, values of the others.
+    relaxations: by position of the equation; filled as the intervals are found.
+    """
+
+    graph: Graph
+    threat: Threat
+    x: PyTree
+    env: dict[Any, Any]
+    relaxations: dict[int, Relaxation]
+    positions: dict[Node, int]
+    slope: Slope
+    max_bytes: int
+
+
+Refine = Callable[[Problem, Node], Interval | None]
+
+
+def pose(
+    f: Callable, threat: Threat, x: PyTree, *, slope: Slope, max_bytes: int
+) -> tuple[Problem, Any]:
+    """The problem before anything is known, and the tree of f's output."""
+    graph, tree = prepare(f, x)
+    box = threat.box(x)
+    inputs = map(Interval, jax.tree.leaves(box.lower), jax.tree.leaves(box.upper))
+    env = dict(zip(graph.inputs, inputs, strict=True))
+    positions = {
+        node: i for i, equation in enumerate(graph.equations) for node in equation.outputs
+    }
+    return Problem(graph, threat, x, env, {}, positions, slope, max_bytes), tree
+
+
+def solve(problem: Problem, refine: Refine) -> None:
+    """Find the interval of every node and the relaxation of every nonlinearity."""
+    for i, equation in enumerate(problem.graph.equations):
+        values = values_of(problem, equation)
+        if is_nonlinear(equation, values):
+            for node in {equation.inputs[j]: None for j in operands(values)}:
+                found = refine(problem, node)
+                if found is not None:
+                    problem.env[node] = intersect(problem.env[node], found)
+            values = values_of(problem, equation)
+            problem.relaxations[i] = relaxed(problem, equation, values)
+        outputs = interval_step(equation, values)
+        problem.env.update(zip(equation.outputs, outputs, strict=True))
+
+
+def values_of(problem: Problem, equation: Equation) -> list:
+    """What is known of an equation's operands."""
+    return [read(problem.env, atom) for atom in equation.inputs]
+
+
+def is_nonlinear(equation: Equation, values: list) -> bool:
+    """Does it need a relaxation?"""
+    bounded = [isinstance(v, Interval) for v in values]
+    floats = [is_float(v.lower) for v in values if isinstance(v, Interval)]
+    return any(bounded) and not (is_affine(equation, bounded) and all(floats))
+
+
+def relaxed(problem: Problem, equation: Equation, values: list) -> Relaxation | None:
+    """The relaxation an equation starts from; None where the result is not a float."""
+    if not is_float(equation.outputs[0].aval):
+        return None
+    return relax(equation, values, default_share(problem, equation, values))
+
+
+def default_share(problem: Problem, equation: Equation, values: list) -> Array | None:
+    """The share of a relu-like equation by the caller's slope; None: the family's."""
+    x = bent_interval(equation, values)
+    return None if x is None else problem.slope(x)
+
+
+# ------------------------------------------------------------------------ the way back
+
+
+class Rows(NamedTuple):
+    """`sum_node <coefficients[node], node> + constant`, for each of R rows.
+
+    coefficients: node -> [R, *node].  constant: [R].
+    """
+
+    coefficients: dict[Node, Array]
+    constant: Array
+
+
+def pull_back(
+    problem: Problem,
+    target: Node,
+    rows: Array,
+    shares: dict[int, Array] | None = None,
+) -> Rows:
+    """Linear functions of the input below `<rows, target>` and below `-<rows, target>`.
+
+    Args:
+      target: a node whose equation's past is solved.
+      rows: [R, *target].
+      shares: for optimised slopes, position of an equation -> [2R, *its output].
+
+    Returns:
+      2R rows in the input nodes: R below the rows, then R below their negatives.
+    """
+    state = Rows({target: rows}, jnp.zeros(rows.shape[0], rows.dtype))
+    mirrored = False
+    for i in range(problem.positions.get(target, -1), -1, -1):
+        equation = problem.graph.equations[i]
+        taken = [state.coefficients.pop(o, None) for o in equation.outputs]
+        if all(c is None for c in taken):
+            continue
+        values = values_of(problem, equation)
+        if i in problem.relaxations and not mirrored:
+            state, taken, mirrored = mirror(state), list(map(_both_signs, taken)), True
+        if i in problem.relaxations:
+            share = None if shares is None else shares.get(i)
+            parts, constant = _pull_relaxed(problem, i, values, taken[0], share)
+        else:
+            parts, constant = _pull_affine(equation, values, taken)
+        state = _add(state, equation, parts, constant)
+    return state if mirrored else mirror(state)
+
+
+def mirror(state: Rows) -> Rows:
+    """The rows and their negatives."""
+    coefficients = {node: _both_signs(c) for node, c in state.coefficients.items()}
+    return Rows(coefficients, _both_signs(state.constant))
+
+
+def _both_signs(c: Array | None) -> Array | None:
+    return None if c is None else jnp.concatenate([c, -c])
+
+
+def _add(state: Rows, equation: Equation, parts: dict[int, Array], more: Array) -> Rows:
+    coefficients = state.coefficients
+    for i, part in parts.items():
+        node = equation.inputs[i]
+        known = coefficients.get(node)
+        coefficients[node] = part if known is None else known + part
+    return Rows(coefficients, state.constant + more)
+
+
+def _contract(rows: Array, value: Array) -> Array:
+    """`<row, value>` for each row."""
+    return jnp.matmul(
+        rows.reshape(rows.shape[0], -1), value.ravel(), precision=jax.lax.Precision.HIGHEST
+    )
+
+
+def _pull_affine(
+    equation: Equation, values: list, taken: list[Array | None]
+) -> tuple[dict[int, Array], Array]:
+    """Coefficients of the operands, and the contribution of the value at 0."""
+    chosen = operands(values)
+
+    def apply(*args: Array) -> list[Array]:
+        full = list(values)
+        for i, arg in zip(chosen, args, strict=True):
+            full[i] = arg
+        return equation.bind(*full)
+
+    zeros = [jnp.zeros(values[i].lower.shape, values[i].lower.dtype) for i in chosen]
+    at_zero, pull = jax.vjp(apply, *zeros)
+    rows = next(c for c in taken if c is not None)
+    filled = [
+        jnp.zeros((rows.shape[0], *v.shape), v.dtype) if c is None else c
+        for c, v in zip(taken, at_zero, strict=True)
+    ]
+    parts = jax.vmap(pull)(filled)
+    constant = jnp.zeros(rows.shape[0], rows.dtype)
+    if not _vanishes_at_zero(equation, values):
+        constant = sum(map(_contract, filled, at_zero), constant)
+    return dict(zip(chosen, parts, strict=True)), constant
+
+
+def _vanishes_at_zero(equation: Equation, values: list) -> bool:
+    linear_in_any = {
+        p.mul_p,
+        p.div_p,
+        p.dot_general_p,
+        p.conv_general_dilated_p,
+        p.dynamic_slice_p,
+    }
+    return equation.primitive in linear_in_any or all(
+        isinstance(v, Interval) for v in values
+    )
+
+
+def _pull_relaxed(
+    problem: Problem, i: int, values: list, rows: Array, share: Array | None
+) -> tuple[dict[int, Array], Array]:
+    """Positive coefficients go through the lower function, negative ones the upper."""
+    equation, chosen = problem.graph.equations[i], operands(values)
+    zeros = [jnp.zeros(values[j].lower.shape, values[j].lower.dtype) for j in chosen]
+    if share is None:
+        parts, constant = _through(problem.relaxations[i], zeros, rows)
+        return dict(zip(chosen, parts, strict=True)), constant
+
+    def one(row: Array, own: Array) -> tuple[list[Array], Array]:
+        parts, constant = _through(relax(equation, values, own), zeros, row[None])
+        return [part[0] for part in parts], constant[0]
+
+    parts, constant = jax.vmap(one)(rows, share)
+    return dict(zip(chosen, parts, strict=True)), constant
+
+
+def _through(
+    relaxation: Relaxation, zeros: list[Array], rows: Array
+) -> tuple[list[Array], Array]:
+    signs = (jnp.maximum(rows, 0.0), jnp.minimum(rows, 0.0))
+    total, constant = None, 0.0
+    for part, side in zip(signs, relaxation, strict=True):
+        pulled = jax.vmap(jax.vjp(side.linear, *zeros)[1])(part) if zeros else []
+        constant = constant + _contract(part, side.offset)
+        total = pulled if total is None else [a + b for a, b in zip(total, pulled, strict=True)]
+    return list(total), constant
+
+
+# ------------------------------------------------------------------------- closing rows
+
+
+def close(problem: Problem, rows: Rows) -> Array:
+    """[R] lower bounds of the rows over the threat set."""
+    leaves, tree = jax.tree.flatten(problem.x)
+    count = rows.constant.shape[0]
+    filled = [
+        rows.coefficients.get(node, jnp.zeros((count, *jnp.shape(leaf))))
+        for node, leaf in zip(problem.graph.inputs, leaves, strict=True)
+    ]
+
+    def one(*coefficients: Array) -> Array:
+        return problem.threat.minimum(problem.x, jax.tree.unflatten(tree, coefficients))
+
+    return jax.vmap(one)(*filled) + rows.constant
+
+
+def bounds_of_rows(
+    problem: Problem, node: Node, rows: Array, shares: dict | None = None
+) -> Interval:
+    """[R] bounds of `<rows, node>`."""
+    found = close(problem, pull_back(problem, node, rows, shares))
+    lower, negated = jnp.split(found, 2)
+    return Interval(lower, -negated)
+
+
+def enclose(problem: Problem, node: Node) -> Interval:
+    """Bounds of every entry of a node, in chunks of rows that fit the budget."""
+    shape, dtype = node.aval.shape, node.aval.dtype
+    size = int(np.prod(shape))
+    chunk = min(size, _rows_that_fit(problem, node))
+    if chunk == size:
+        rows = jnp.eye(size, dtype=dtype).reshape(size, *shape)
+        return _shaped(bounds_of_rows(problem, node, rows), shape)
+
+    def some(index: Array) -> Interval:
+        rows = jax.nn.one_hot(index, size, dtype=dtype).reshape(chunk, *shape)
+        return bounds_of_rows(problem, node, rows)
+
+    count = -(-size // chunk)
+    index = jnp.minimum(jnp.arange(count * chunk), size - 1).reshape(count, chunk)
+    found = jax.lax.map(some, index)
+    return _shaped(Interval(*(v.ravel()[:size] for v in found)), shape)
+
+
+def _shaped(found: Interval, shape: Sequence[int]) -> Interval:
+    return Interval(*(v.reshape(shape) for v in found))
+
+
+def _rows_that_fit(problem: Problem, node: Node) -> int:
+    """Rows of both signs, of which about three copies of the widest node live at once."""
+    last = problem.positions.get(node, -1)
+    past = [o for e in problem.graph.equations[: last + 1] for o in e.outputs]
+    sizes = [
+        int(np.prod(v.aval.shape)) * v.aval.dtype.itemsize
+        for v in (*problem.graph.inputs, *past)
+        if v in problem.graph.depends
+    ]
+    bytes_per_row = 6 * max(sizes)
+    if bytes_per_row > problem.max_bytes:
+        raise ValueError(
+            f"one row of linear coefficients needs {bytes_per_row} bytes, got "
+            f"max_bytes={problem.max_bytes}; raise max_bytes to at least that"
+        )
+    return problem.max_bytes // bytes_per_row
+
+
+def enclose_output(problem: Problem, atom: Any) -> Interval:
+    """Bounds of one output of the graph."""
+    known = read(problem.env, atom)
+    if not isinstance(known, Interval):
+        return Interval(known, known)
+    if not is_float(known.lower):
+        return known
+    return intersect(known, enclose(problem, atom))
+
+
+def intersect(known: Interval, found: Interval) -> Interval:
+    """The tighter of two sound bounds at each end; `known` where `found` is NaN.
+
+    Where rounding makes the two contradict each other, `known`.
+    """
+    lower = jnp.where(found.lower > known.lower, found.lower, known.lower)
+    upper = jnp.where(found.upper < known.upper, found.upper, known.upper)
+    agree = lower <= upper
+    return Interval(
+        jnp.where(agree, lower, known.lower), jnp.where(agree, upper, known.upper)
+    )
+
+
+def intersect_trees(known: Interval, found: Interval) -> Interval:
+    """`intersect`, leaf by leaf."""
+    leaves, tree = zip(*map(jax.tree.flatten, (*known, *found)), strict=True)
+    pairs = [
+        intersect(Interval(a, b), Interval(c, d))
+        for a, b, c, d in zip(*leaves, strict=True)
+    ]
+    return unflatten(tree[0], pairs)
+
+
+def unflatten(tree: Any, found: Sequence[Interval]) -> Interval:
+    """A list of intervals as an interval of two trees."""
+    return Interval(*(jax.tree.unflatten(tree, ends) for ends in zip(*found, strict=True)))
+
+
+# ------------------------------------------------------------- intervals of the operands
+
+
+def refinement(name: str) -> Refine:
+    """The method that gives the intervals in front of the nonlinearities."""
+    methods = {"crown": by_crown, "ibp": by_ibp}
+    if name not in methods:
+        raise ValueError(
+            f"intermediate must be one of {sorted(methods)}, got {name!r}; "
+            '"crown" is the tightest'
+        )
+    return methods[name]
+
+
+def by_crown(problem: Problem, node: Node) -> Interval | None:
+    """The node's own linear bounds, unless its interval is exact already."""
+    box_shaped = isinstance(problem.threat, Linf | Box)
+    if node not in problem.positions or (box_shaped and _mixings(problem, node) < 2):
+        return None
+    return enclose(problem, node)
+
+
+FOLD = 1024  # entries up to which the affine part behind an operand is folded
+
+
+def by_ibp(problem: Problem, node: Node) -> Interval | None:
+    """Interval arithmetic, with the affine part since the last nonlinearity folded."""
+    del problem, node
+    return None
+
+
+def _mixings(problem: Problem, node: Node) -> int:
+    """How often entries were mixed between the input and a node; 2: twice or unclear.
+
+    Up to once, interval arithmetic on a box is exact.
+    """
+    if node not in problem.positions:
+        return 0
+    equation = problem.graph.equations[problem.positions[node]]
+    values = values_of(problem, equation)
+    bounded = [a for a in equation.inputs if a in problem.graph.depends]
+    if is_nonlinear(equation, values) or len(bounded) > 1:
+        return 2
+    before = _mixings(problem, bounded[0])
+    if equation.primitive in MIXING:
+        return before + 1
+    copies = np.prod(node.aval.shape) > np.prod(bounded[0].aval.shape)
+    return 2 if copies or equation.primitive is p.gather_p else before
