@@ -72,10 +72,8 @@ def sound_ibp(f: Callable[[PyTree], PyTree]) -> Callable[[Threat, PyTree], Inter
     def bound(threat: Threat, x: PyTree) -> Interval:
         graph, tree = trace(f, x)
         graph = composite.fuse_activations(graph)
-        box = _domain(threat, x)
-        ends = zip(jax.tree.leaves(box.lower), jax.tree.leaves(box.upper), strict=True)
-        env = environment(graph, sound_step, *(_normal(Interval(*e)) for e in ends))
-        outputs = _outputs(graph, env)
+        env = environment(graph, sound_step, *domain(threat, x))
+        outputs = outputs_of(graph, env)
         lower, upper = (jax.tree.unflatten(tree, e) for e in zip(*outputs, strict=True))
         return Interval(lower, upper)
 
@@ -101,7 +99,7 @@ def sound_step(equation: Equation, values: list) -> list:
 
 def _has_floats(equation: Equation) -> bool:
     atoms = (*equation.inputs, *equation.outputs)
-    return any(_is_float(atom.aval.dtype) for atom in atoms)
+    return any(is_float(atom.aval.dtype) for atom in atoms)
 
 
 def _rounds_nothing(equation: Equation) -> bool:
@@ -109,34 +107,42 @@ def _rounds_nothing(equation: Equation) -> bool:
     if equation.primitive is p.convert_element_type_p:
         (x,) = equation.inputs
         target = equation.outputs[0].aval.dtype
-        return not _is_float(target) or _widens(x.aval.dtype, target)
+        return not is_float(target) or _widens(x.aval.dtype, target)
     exact = equation.primitive in EXACT or equation.primitive in COMPARISONS
     return exact or not equation.inputs or not _has_floats(equation)
 
 
-def _domain(threat: Threat, x: PyTree) -> Interval:
-    """The set's box; a radius that has no float is taken one float larger."""
+def domain(threat: Threat, x: PyTree) -> list[Interval]:
+    """The box of the set, leaf by leaf."""
+    box = enlarged(threat, x).box(jax.lax.optimization_barrier(x))
+    ends = zip(jax.tree.leaves(box.lower), jax.tree.leaves(box.upper), strict=True)
+    return [_normal(Interval(*end)) for end in ends]
+
+
+def enlarged(threat: Threat, x: PyTree) -> Threat:
+    """The set, its radius one float larger: the user's number may not be a float."""
     if isinstance(threat, Box):
-        return threat.box(x)
-    x = lax.optimization_barrier(x)  # or its last constant would be added to eps
-    eps = jnp.asarray(threat.eps, x.dtype) * (1 + 2 * _format(x.dtype).unit)
-    return dataclasses.replace(threat, eps=eps).box(x)
+        return threat
+    eps = jnp.asarray(threat.eps, x.dtype) * (1 + 2 * format_of(x.dtype).unit)
+    return dataclasses.replace(threat, eps=eps)
 
 
 # ------------------------------------------------------------------------- arithmetic
 
 
-def _is_float(dtype: Any) -> bool:
+def is_float(dtype: Any) -> bool:
+    """A floating point type?"""
     return jnp.issubdtype(dtype, jnp.floating)
 
 
-def _format(dtype: Any) -> Format:
+def format_of(dtype: Any) -> Format:
+    """The constants of a floating point type."""
     info = jnp.finfo(dtype)
     return Format(float(info.eps) / 2, float(info.tiny), float(info.max))
 
 
-def _growth(terms: float, unit: float, factors: float = 0.0) -> tuple[float, float]:
-    """`(1 + u)^n - 1` and `(1 - u)^-n - 1`, rounded up; factors: see _factor_error."""
+def growth(terms: float, unit: float, factors: float = 0.0) -> tuple[float, float]:
+    """`(1 + u)^n - 1` and `(1 - u)^-n - 1`, rounded up; factors: see factor_error."""
     up = terms * math.log1p(unit) + 2 * math.log1p(factors)
     down = -terms * math.log1p(-unit) - 2 * math.log1p(-factors)
     if down > 80:
@@ -144,7 +150,7 @@ def _growth(terms: float, unit: float, factors: float = 0.0) -> tuple[float, flo
     return math.expm1(up) * (1 + 8 * unit), math.expm1(down) * (1 + 8 * unit)
 
 
-def _factor_error(equation: Equation) -> float:
+def factor_error(equation: Equation) -> float:
     """Relative error of each factor of a product before it is multiplied.
 
     Accelerators round float32 factors to bfloat16 (TPU) or TensorFloat-32 (GPU) unless
@@ -159,7 +165,8 @@ def _factor_error(equation: Equation) -> float:
     return 2.0**-7
 
 
-def _magnitude(x: Interval) -> Array:
+def magnitude(x: Interval) -> Array:
+    """The greatest magnitude in an interval."""
     return jnp.maximum(jnp.abs(x.lower), jnp.abs(x.upper))
 
 
@@ -188,7 +195,7 @@ def _outward(x: Interval, ulps: Any = 0.0, slack: Any = 0.0) -> Interval:
     An end that came out infinite on the wrong side, or beyond a quarter of the largest
     number, may be finite, or infinite, in another order of evaluation.
     """
-    unit, tiny, largest = _format(x.lower.dtype)
+    unit, tiny, largest = format_of(x.lower.dtype)
     lower, upper = jnp.minimum(x.lower, largest), jnp.maximum(x.upper, -largest)
 
     def width(v: Array) -> Array:
@@ -219,7 +226,7 @@ def _subnormal(v: Array) -> Array:
 
 def _normal(x: Interval) -> Interval:
     """Subnormal ends moved outwards to 0 or the smallest normal number."""
-    if not _is_float(x.lower.dtype):
+    if not is_float(x.lower.dtype):
         return x
     tiny = jnp.finfo(x.lower.dtype).tiny
     below = jnp.where(jnp.signbit(x.lower), -tiny, 0.0)
@@ -232,7 +239,7 @@ def _normal(x: Interval) -> Interval:
 
 def _point(value: Any) -> Any:
     """A float constant as an interval; integers and booleans are exact and stay."""
-    if isinstance(value, Interval) or not _is_float(jnp.result_type(value)):
+    if isinstance(value, Interval) or not is_float(jnp.result_type(value)):
         return value
     return _enclosed(value)
 
@@ -245,9 +252,9 @@ def _enclosed(value: Any) -> Interval:
     return Thin(*_normal(Interval(value, value)))
 
 
-def _ball(x: Interval) -> tuple[Array, Array]:
+def ball(x: Interval) -> tuple[Array, Array]:
     """A centre and a radius with [lower, upper] inside centre -+ radius."""
-    unit, tiny, _ = _format(x.lower.dtype)
+    unit, tiny, _ = format_of(x.lower.dtype)
     centre = 0.5 * x.lower + 0.5 * x.upper
     radius = jnp.maximum(x.upper - centre, centre - x.lower)
     return centre, radius * (1 + 4 * unit) + 8 * tiny
@@ -273,13 +280,14 @@ def _linear(
       dominate: v -> sum max(|w|, _flushed) v.
       x: the operand.
       terms: products per sum.
-      factors: see _factor_error.
+      factors: see factor_error.
     """
-    unit = _format(x.lower.dtype).unit
-    gamma, _ = _growth(terms, unit, factors)
-    centre, radius = _ball(x)
+    centre, radius = ball(x)
+    middle = apply(centre)
+    gamma, _ = growth(terms, format_of(middle.dtype).unit, factors)
     reach = radius + 2 * gamma * (jnp.abs(centre) + radius)
-    return _around(apply(centre), dominate(reach * (1 + 8 * unit)), terms, factors)
+    reach = reach * (1 + 8 * format_of(x.lower.dtype).unit)
+    return _around(middle, dominate(reach), terms, factors)
 
 
 def _around(middle: Array, spread: Array, terms: int, factors: float) -> Interval:
@@ -288,8 +296,8 @@ def _around(middle: Array, spread: Array, terms: int, factors: float) -> Interva
     spread contains 2 gamma sum |w||z|: where that is too close to the largest number,
     a partial sum may overflow, and infinities of both signs make NaN.
     """
-    unit, tiny, largest = _format(middle.dtype)
-    gamma, inverse = _growth(terms, unit, factors)
+    unit, tiny, largest = format_of(middle.dtype)
+    gamma, inverse = growth(terms, unit, factors)
     underflow = 16 * terms * (1 + gamma) * (1 + inverse) * tiny
     spread = spread * ((1 + inverse) * (1 + 8 * unit)) + underflow
     fits = spread <= min(2 * gamma, 1.0) * largest / 16
@@ -299,8 +307,8 @@ def _around(middle: Array, spread: Array, terms: int, factors: float) -> Interva
 
 def _flushed(w: Array, terms: int) -> Array:
     """|w|, at least so large that an error of u |w| z covers a w flushed to zero."""
-    unit, tiny, _ = _format(w.dtype)
-    return jnp.maximum(jnp.abs(w), 4 * tiny / min(_growth(terms, unit)[0], 1.0))
+    unit, tiny, _ = format_of(w.dtype)
+    return jnp.maximum(jnp.abs(w), 4 * tiny / min(growth(terms, unit)[0], 1.0))
 
 
 def register(*primitives: Any) -> Callable:
@@ -313,7 +321,7 @@ def register(*primitives: Any) -> Callable:
     return keep
 
 
-def _products(equation: Equation) -> int:
+def products(equation: Equation) -> int:
     """How many products one entry of a dot product or a convolution adds up."""
     lhs, rhs = (atom.aval for atom in equation.inputs)
     if equation.primitive is p.dot_general_p:
@@ -327,7 +335,7 @@ def _products(equation: Equation) -> int:
 def _bilinear(equation: Equation, a: Any, b: Any) -> Interval:
     if isinstance(a, Interval) and isinstance(b, Interval):
         return _both_bounded(equation, a, b)
-    terms, factors = _products(equation), _factor_error(equation)
+    terms, factors = products(equation), factor_error(equation)
 
     def apply(v: Array) -> Array:
         return equation.bind(*((v, b) if isinstance(a, Interval) else (a, v)))[0]
@@ -342,19 +350,20 @@ def _bilinear(equation: Equation, a: Any, b: Any) -> Interval:
 
 def _both_bounded(equation: Equation, a: Interval, b: Interval) -> Interval:
     """By corners where both are perturbed (attention), else by centre and radius."""
-    terms, factors = _products(equation), _factor_error(equation)
-    unit = _format(equation.outputs[0].aval.dtype).unit
-    gamma, _ = _growth(terms, unit, factors)
+    terms, factors = products(equation), factor_error(equation)
+    unit = format_of(equation.outputs[0].aval.dtype).unit
+    gamma, _ = growth(terms, unit, factors)
     thin = isinstance(a, Thin) or isinstance(b, Thin)
-    if equation.primitive is p.dot_general_p and not thin:
+    one_format = len({v.aval.dtype for v in (*equation.inputs, *equation.outputs)}) == 1
+    if equation.primitive is p.dot_general_p and one_format and not thin:
         base = interval.rules[equation.primitive](equation, a, b)
         # one more rounding for the corner products of the bound itself
         error = 2 * gamma + 4 * unit
-        spread = error * equation.bind(_magnitude(a), _magnitude(b))[0]
+        spread = error * equation.bind(magnitude(a), magnitude(b))[0]
         lower = _around(base.lower, spread, terms + 4, factors).lower
         upper = _around(base.upper, spread, terms + 4, factors).upper
         return Interval(lower, upper)
-    (centre_a, radius_a), (centre_b, radius_b) = _ball(a), _ball(b)
+    (centre_a, radius_a), (centre_b, radius_b) = ball(a), ball(b)
     size_a, size_b = jnp.abs(centre_a) + radius_a, jnp.abs(centre_b) + radius_b
     reach = (radius_b + 2 * gamma * size_b) * (1 + 8 * unit)
     spread = (
@@ -392,7 +401,7 @@ def _sum(equation: Equation, x: Interval) -> Interval:
 def _add(equation: Equation, a: Any, b: Any) -> Interval:
     """XLA may add c and d of (x + c) + d first: charge u (|a| + |b|), not u |a+b|."""
     a, b = _enclosed(a), _enclosed(b)
-    unit, _, largest = _format(a.lower.dtype)
+    unit, _, largest = format_of(a.lower.dtype)
     base = interval.rules[equation.primitive](equation, a, b)
     other = Interval(-b.upper, -b.lower) if equation.primitive is p.sub_p else b
 
@@ -419,15 +428,15 @@ def _mul(equation: Equation, a: Any, b: Any) -> Interval:
     constants = [v for v in (a, b) if _is_constant(v)]
     a, b = _enclosed(a), _enclosed(b)
     base = interval.rules[p.mul_p](equation, a, b)
-    _, tiny, largest = _format(base.lower.dtype)
-    sizes = [jnp.minimum(_magnitude(v), largest / 4) for v in (a, b)]
+    _, tiny, largest = format_of(base.lower.dtype)
+    sizes = [jnp.minimum(magnitude(v), largest / 4) for v in (a, b)]
     out = _outward(base, 8, tiny * (sizes[0] + sizes[1]))
     same_sign = ((a.lower >= 0) & (b.lower >= 0)) | ((a.upper <= 0) & (b.upper <= 0))
     out = _nonnegative(out, square | same_sign)
     unknown = (_has_zero(a) & _has_infinity(b)) | (_has_zero(b) & _has_infinity(a))
     for constant in map(_enclosed, constants):
         out = _with_zero(out, _least(constant) < 1 / CHAIN)
-        unknown |= _magnitude(constant) > CHAIN
+        unknown |= magnitude(constant) > CHAIN
     return _nan_where(~square & unknown, out)
 
 
@@ -456,15 +465,15 @@ def _div(equation: Equation, a: Any, b: Any) -> Interval:
     limit = CHAIN if _is_constant(b) else QUOTIENT
     a, b = _enclosed(a), _enclosed(b)
     base = interval.rules[p.div_p](equation, a, b)
-    tiny = _format(base.lower.dtype).tiny
-    out = _outward(base, 24, 2 * tiny * jnp.minimum(_magnitude(a), QUOTIENT))
+    tiny = format_of(base.lower.dtype).tiny
+    out = _outward(base, 24, 2 * tiny * jnp.minimum(magnitude(a), QUOTIENT))
     same_sign = ((a.lower >= 0) & (b.lower > 0)) | ((a.upper <= 0) & (b.upper < 0))
     out = _nonnegative(out, same_sign)
-    out = _with_zero(out, (_least(a) < 1 / QUOTIENT) | (_magnitude(b) > limit))
+    out = _with_zero(out, (_least(a) < 1 / QUOTIENT) | (magnitude(b) > limit))
     vanishes = _has_zero(b)  # -0 too: the quotient may be infinite with either sign
     out = _where(vanishes | (_least(b) < 1 / limit), out, -jnp.inf, jnp.inf)
-    too_large = (_magnitude(a) > QUOTIENT) | (_magnitude(b) > limit)
-    nan = jnp.isnan(_magnitude(a)) | jnp.isnan(_magnitude(b))
+    too_large = (magnitude(a) > QUOTIENT) | (magnitude(b) > limit)
+    nan = jnp.isnan(magnitude(a)) | jnp.isnan(magnitude(b))
     return _nan_where(nan | (vanishes & _has_zero(a)) | too_large, out)
 
 
@@ -556,7 +565,7 @@ def _convert(equation: Equation, x: Any) -> Interval:
     x = _enclosed(x)
     source, target = x.lower.dtype, np.dtype(equation.params["new_dtype"])
     out = interval.rules[equation.primitive](equation, x)
-    if _is_float(target):
+    if is_float(target):
         return out if _widens(source, target) else _outward(out, 2)
     if not jnp.issubdtype(target, jnp.integer):
         return out
@@ -590,7 +599,7 @@ def accurate(
 
     def rule(equation: Equation, *values: Any) -> Interval:
         out = _evaluate(equation, values)
-        unit = _format(out.lower.dtype).unit
+        unit = format_of(out.lower.dtype).unit
         out = _outward(out, 2 * ulps, 2 * absolute * unit)
         return _nonnegative(out) if nonnegative else out
 
@@ -605,7 +614,7 @@ def growing(*primitives: Any, ulps: float = 8.0, nonnegative: bool = False) -> N
     """
 
     def rule(equation: Equation, x: Interval) -> Interval:
-        size = jnp.minimum(_magnitude(x), 128.0)
+        size = jnp.minimum(magnitude(x), 128.0)
         out = _outward(_evaluate(equation, (x,)), 2 * (ulps + size))
         return _nonnegative(out) if nonnegative else out
 
@@ -644,7 +653,7 @@ growing(p.sinh_p)
 @register(p.erfc_p)
 def _erfc(equation: Equation, x: Interval) -> Interval:
     """Its logarithm falls like -x^2: the rounding of x^2 is amplified 2 x^2 times."""
-    steep = jnp.minimum(jnp.square(_magnitude(x)), 128.0)
+    steep = jnp.minimum(jnp.square(magnitude(x)), 128.0)
     return _nonnegative(_outward(_evaluate(equation, (x,)), 2 * (16 + 2 * steep)))
 
 
@@ -652,8 +661,8 @@ def _erfc(equation: Equation, x: Interval) -> Interval:
 def _gated(equation: Equation, x: Interval) -> Interval:
     """`x` times a gate in [0, 1]: errors up to 8 u |x|."""
     out = interval.rules[equation.primitive](equation, x)
-    unit, _, largest = _format(out.lower.dtype)
-    size = jnp.minimum(_magnitude(x), largest / 4)
+    unit, _, largest = format_of(out.lower.dtype)
+    size = jnp.minimum(magnitude(x), largest / 4)
     return _nan_where(_has_infinity(x), _outward(out, 8, 16 * unit * size))
 
 
@@ -673,8 +682,8 @@ def _integer_pow(equation: Equation, x: Interval) -> Interval:
     if y >= 0:
         return out
     # x^|y| may be flushed to 0 or overflow first
-    largest = _format(out.lower.dtype).largest
-    overflows = (_magnitude(out) > largest / 64) | _has_zero(x)
+    largest = format_of(out.lower.dtype).largest
+    overflows = (magnitude(out) > largest / 64) | _has_zero(x)
     return _where(overflows & ~jnp.isnan(out.lower), out, -jnp.inf, jnp.inf)
 
 
@@ -683,11 +692,11 @@ def _pow(equation: Equation, a: Any, b: Any) -> Interval:
     """exp(b log a): an error of u in the exponent's relative size."""
     a, b = _enclosed(a), _enclosed(b)
     out = interval.rules[p.pow_p](equation, a, b)
-    _, tiny, largest = _format(out.lower.dtype)
-    extreme = jnp.maximum(_magnitude(out), 1 / jnp.maximum(_least(out), tiny))
+    _, tiny, largest = format_of(out.lower.dtype)
+    extreme = jnp.maximum(magnitude(out), 1 / jnp.maximum(_least(out), tiny))
     ulps = 2 * (16 + 4 * jnp.minimum(jnp.log(extreme), 128.0))
     out = _nonnegative(_outward(out, ulps))
-    overflows = _magnitude(out) > largest / 64
+    overflows = magnitude(out) > largest / 64
     out = _where(overflows, out, 0.0, jnp.inf)
     unknown = ~(a.lower >= 0) | ((a.lower == 0) & ~(b.lower > 0)) | _has_infinity(b)
     return _nan_where(unknown | _has_infinity(a) | jnp.isnan(b.lower), out)
@@ -705,14 +714,14 @@ def _exponent_errors(x: Interval, axis: int) -> tuple[Array, Array, float]:
     Returns:
       The largest distance of two finite ends along the axis, the error, and u.
     """
-    unit, _, _ = _format(x.lower.dtype)
+    unit, _, _ = format_of(x.lower.dtype)
     lower = jnp.where(jnp.isinf(x.lower), jnp.inf, x.lower)
     upper = jnp.where(jnp.isinf(x.upper), -jnp.inf, x.upper)
     highest = jnp.max(upper, axis, keepdims=True)
     distance = jnp.maximum(highest - jnp.min(lower, axis, keepdims=True), 0.0)
     distance = jnp.where(jnp.isinf(distance), 0.0, distance)
     terms = x.lower.shape[axis]
-    gamma, _ = _growth(terms + 1, unit)
+    gamma, _ = growth(terms + 1, unit)
     relative = (16 + 4 * jnp.minimum(distance, 128.0)) * unit + 2 * gamma
     error = jnp.where(relative < 0.5, 2 * relative, jnp.inf)
     return distance, error + 32 * (1 + math.log(terms)) * unit, unit
@@ -722,7 +731,7 @@ def _exponent_errors(x: Interval, axis: int) -> tuple[Array, Array, float]:
 def _logsumexp(equation: Equation, x: Interval) -> Interval:
     axis = equation.params["axis"]
     _, error, unit = _exponent_errors(x, axis)
-    sizes = jnp.where(_has_infinity(x), 0.0, _magnitude(x))
+    sizes = jnp.where(_has_infinity(x), 0.0, magnitude(x))
     size = jnp.max(sizes, axis, keepdims=True)
     out = interval.rules[composite.logsumexp](equation, x)
     slack = jnp.squeeze(2 * error + 16 * unit * size, axis)
@@ -753,7 +762,7 @@ def _log_softmax_and_slack(
 @register(composite.softmax)
 def _softmax(equation: Equation, x: Interval) -> Interval:
     out, slack, distance = _log_softmax_and_slack(equation, x)
-    unit = _format(out.lower.dtype).unit
+    unit = format_of(out.lower.dtype).unit
     capped = jnp.minimum(distance, 128.0)
     log = _outward(out, 16, slack + (64 + 8 * capped) * unit)
     return _nonnegative(_outward(Interval(*map(jnp.exp, log)), 2 * (8 + 128)))
@@ -762,7 +771,7 @@ def _softmax(equation: Equation, x: Interval) -> Interval:
 # ------------------------------------------------------------- the affine end, folded
 
 
-def _outputs(graph: Graph, env: dict) -> list[Interval]:
+def outputs_of(graph: Graph, env: dict) -> list[Interval]:
     """Bounds of the outputs, the affine tail folded where that tightens them."""
     values = [
         _enclosed(env[a] if isinstance(a, Node) else a.value) for a in graph.outputs
@@ -772,7 +781,7 @@ def _outputs(graph: Graph, env: dict) -> list[Interval]:
     tail, cut = affine_tail(graph)
     between = [node for equation in tail for node in equation.outputs]
     formats = {atom.aval.dtype for atom in (*cut, *between, *graph.outputs)}
-    one_format = len(formats) == 1 and _is_float(*formats)
+    one_format = len(formats) == 1 and is_float(*formats)
     if mixing_steps(tail, enclosed) < 2 or not one_format:
         return values
     return _folded(tail, cut, graph, env)
@@ -785,12 +794,12 @@ def _folded(tail: list[Equation], cut: list, graph: Graph, env: dict) -> list[In
     roundings on a path, times |g|(|z|): g with every coefficient and every constant
     replaced by its magnitude. The same holds for the centre and for the rows.
     """
-    balls = [_ball(env[node]) for node in cut]
+    balls = [ball(env[node]) for node in cut]
     g = replay(tail, cut, graph.outputs, env)
     middles, coefficients = jacobian_rows(g, [centre for centre, _ in balls])
     sizes = [jnp.abs(centre) + radius for centre, radius in balls]
     largest = _absolute(tail, cut, graph, env)(*sizes)
-    depth = sum(map(_roundings, tail))
+    depth = sum(map(roundings, tail))
     back = sum(o.aval.size + 2 * len(e.inputs) for e in tail for o in e.outputs)
     radii = [radius for _, radius in balls]
     return [
@@ -808,8 +817,8 @@ def _folded_output(
     back: int,
 ) -> Interval:
     """One output; size: |g|(|z|), depth: roundings forwards, back: backwards."""
-    unit, _, largest = _format(middle.dtype)
-    (forward, inverse), (backward, _) = _growth(depth, unit), _growth(back, unit)
+    unit, _, largest = format_of(middle.dtype)
+    (forward, inverse), (backward, _) = growth(depth, unit), growth(back, unit)
     terms = sum(radius.size for radius in radii) + len(radii)
     reach = sum(
         jnp.abs(row).reshape(row.shape[0], -1) @ radius.ravel()
@@ -820,11 +829,11 @@ def _folded_output(
     return _nan_where(~(size < largest / 16), out)
 
 
-def _roundings(equation: Equation) -> int:
+def roundings(equation: Equation) -> int:
     """Roundings that one entry of the equation's result goes through, at most."""
     primitive = equation.primitive
     if primitive in (p.dot_general_p, p.conv_general_dilated_p):
-        return _products(equation)
+        return products(equation)
     if primitive in (p.reduce_sum_p, p.cumsum_p, p.reduce_window_sum_p):
         return _summands(equation)
     return 2
@@ -842,26 +851,27 @@ def _absolute(
             known = isinstance(atom, Node)
             if known and atom in local:
                 return local[atom]
-            return _size(env[atom] if known else atom.value)
+            return coefficient_size(env[atom] if known else atom.value)
 
         for equation in tail:
             operands = [value(atom) for atom in equation.inputs]
             local.update(
-                zip(equation.outputs, _absolute_step(equation, operands), strict=True)
+                zip(equation.outputs, absolute_step(equation, operands), strict=True)
             )
         return [jnp.asarray(value(atom)) for atom in graph.outputs]
 
     return g
 
 
-def _size(constant: Any) -> Any:
+def coefficient_size(constant: Any) -> Any:
     """Its magnitude, so large that a relative error covers a flush to zero."""
-    if not _is_float(jnp.result_type(constant)):
+    if not is_float(jnp.result_type(constant)):
         return constant
     return _flushed(jnp.asarray(constant), 1)
 
 
-def _absolute_step(equation: Equation, sizes: list) -> list[Array]:
+def absolute_step(equation: Equation, sizes: list) -> list[Array]:
+    """An affine equation with magnitudes for its coefficients and constants."""
     if equation.primitive is p.sub_p:
         outs = [sizes[0] + sizes[1]]
     elif equation.primitive is p.neg_p:
@@ -871,5 +881,5 @@ def _absolute_step(equation: Equation, sizes: list) -> list[Array]:
     else:
         outs = equation.bind(*sizes)
     # an absolute error of some `tiny` per rounding, as a relative one
-    unit, tiny, _ = _format(outs[0].dtype)
-    return [v + 16 * _roundings(equation) * tiny / unit for v in outs]
+    unit, tiny, _ = format_of(outs[0].dtype)
+    return [v + 16 * roundings(equation) * tiny / unit for v in outs]

@@ -1,0 +1,517 @@
+"""Linear bounds that hold for the floating point program: `crown(f, sound=True)`.
+
+The pass of `linear`, with a running error. Along the way back one invariant is kept,
+in exact arithmetic, for the values that a float program may give its nodes:
+
+    <rows, target>  >=  sum_node <coefficients[node], node> + constant - error
+
+Every step charges `error` for the program's roundings in the equation, for the
+roundings of the coefficients it computes, and for those of the constant: each is at
+most some gamma times <|coefficients|, sizes>, where the sizes of the nodes come from
+the enclosures of `rounding`. docs/float_soundness.md has the proof of each charge.
+
+The lines around a nonlinear function take their slopes from `relax`, where any slope
+will do, and get an offset that is proved on a grid with a bound on the second
+derivative. An equation with neither gives way to the two ends of its enclosure.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from certjax.bounds import composite, rounding, slopes
+from certjax.bounds.affine import BILINEAR, is_affine
+from certjax.bounds.relax import bent_interval, relax
+from certjax.bounds.rewrite import live
+from certjax.bounds.rounding import Thin
+from certjax.threat import Threat
+from certjax.types import Array, Interval, PyTree
+from certjax.walk import Equation, Graph, Node, primitives as p, read, trace
+
+
+Bound = Callable[[Threat, PyTree], Interval]
+Slope = Callable[[Interval], Array]
+
+
+class Lines(NamedTuple):
+    """Below and above a function of one operand; arrays like its result."""
+
+    operand: int
+    slopes: tuple[Array, Array]
+    offsets: tuple[Array, Array]
+
+
+class Problem(NamedTuple):
+    """A graph over a threat set, the enclosures of its nodes and the lines so far."""
+
+    graph: Graph
+    threat: Threat
+    x: PyTree
+    env: dict[Any, Any]
+    lines: dict[int, Lines]
+    positions: dict[Node, int]
+    slope: Slope
+    max_bytes: int
+
+
+class Rows(NamedTuple):
+    """`sum_node <coefficients[node], node> + constant - error`, for each of R rows."""
+
+    coefficients: dict[Node, Array]
+    constant: Array
+    error: Array
+
+
+def sound_crown(
+    f: Callable[[PyTree], PyTree],
+    intermediate: str = "crown",
+    *,
+    slope: Slope = slopes.adaptive,
+    max_bytes: int = 2**30,
+) -> Bound:
+    """`crown(f, sound=True)`: linear bounds of what a float evaluation can return.
+
+    Never looser than `ibp(f, sound=True)`, in the same model.
+
+    Args:
+      f: a function of one example (or of one tree of arrays).
+      intermediate: where the intervals in front of each nonlinearity come from:
+        "crown" (the same method) or "ibp" (CROWN-IBP).
+      slope: interval -> share of the right slope in the lower line of relu-like
+        functions; any value in [0, 1] is sound.
+      max_bytes: what the coefficients of one example may occupy at a time.
+
+    Returns:
+      `bound(threat, x) -> Interval`, lower and upper each like f(x).
+    """
+    if intermediate not in ("crown", "ibp"):
+        raise ValueError(
+            f'intermediate must be "crown" or "ibp" where sound=True, got '
+            f'{intermediate!r}; "crown" is the tightest'
+        )
+
+    def bound(threat: Threat, x: PyTree) -> Interval:
+        problem, tree = _pose(f, threat, x, slope, max_bytes)
+        _solve(problem, refine=intermediate == "crown")
+        known = rounding.outputs_of(problem.graph, problem.env)
+        found = [
+            _output(problem, atom, interval)
+            for atom, interval in zip(problem.graph.outputs, known, strict=True)
+        ]
+        ends = zip(*found, strict=True)
+        return Interval(*(jax.tree.unflatten(tree, e) for e in ends))
+
+    return bound
+
+
+def _pose(
+    f: Callable, threat: Threat, x: PyTree, slope: Slope, max_bytes: int
+) -> tuple[Problem, Any]:
+    graph, tree = trace(f, x)
+    graph = live(composite.fuse_activations(graph))
+    env = dict(zip(graph.inputs, rounding.domain(threat, x), strict=True))
+    positions = {o: i for i, e in enumerate(graph.equations) for o in e.outputs}
+    return Problem(graph, threat, x, env, {}, positions, slope, max_bytes), tree
+
+
+def _solve(problem: Problem, refine: bool) -> None:
+    """The enclosure of every node, and the lines around every function with a rule."""
+    for i, equation in enumerate(problem.graph.equations):
+        values = [read(problem.env, atom) for atom in equation.inputs]
+        operand = _operand(equation, values)
+        if operand is not None:
+            node = equation.inputs[operand]
+            if refine and node in problem.positions:
+                found = _enclose(problem, node)
+                problem.env[node] = _intersect(problem.env[node], found)
+                values[operand] = problem.env[node]
+            problem.lines[i] = _lines(problem, equation, values, operand)
+        outputs = rounding.sound_step(equation, values)
+        problem.env.update(zip(equation.outputs, outputs, strict=True))
+
+
+def _output(problem: Problem, atom: Any, known: Interval) -> Interval:
+    value = read(problem.env, atom)
+    wide = isinstance(value, Interval) and not isinstance(value, Thin)
+    if not wide or not rounding.is_float(known.lower.dtype):
+        return known
+    return _intersect(known, _enclose(problem, atom))
+
+
+def _intersect(known: Interval, found: Interval) -> Interval:
+    """Both enclose the program's values; what is NaN says nothing."""
+    return Interval(
+        jnp.where(found.lower > known.lower, found.lower, known.lower),
+        jnp.where(found.upper < known.upper, found.upper, known.upper),
+    )
+
+
+# ------------------------------------------------------------------------------- lines
+
+# the greatest second derivative; 0: straight between its bends
+CURVATURE: dict[Any, float] = {
+    p.max_p: 0.0,
+    p.min_p: 0.0,
+    p.abs_p: 0.0,
+    composite.leaky_relu: 0.0,
+    p.square_p: 2.0,
+    p.tanh_p: 0.78,
+    p.logistic_p: 0.1,
+    p.erf_p: 1.0,
+    p.sin_p: 1.0,
+    p.cos_p: 1.0,
+    composite.softplus: 0.26,
+    composite.silu: 0.51,
+    composite.gelu_erf: 0.81,
+    composite.gelu_tanh: 1.0,
+}
+GRID = 32
+
+
+def _operand(equation: Equation, values: list) -> int | None:
+    """The position of the one bounded operand of a function that has lines."""
+    bounded = [i for i, v in enumerate(values) if isinstance(v, Interval)]
+    known = equation.primitive in CURVATURE and len(bounded) == 1
+    if not known or isinstance(values[bounded[0]], Thin):
+        return None
+    x, out = values[bounded[0]].lower, equation.outputs[0].aval
+    return bounded[0] if rounding.is_float(x.dtype) and x.shape == out.shape else None
+
+
+def _lines(problem: Problem, equation: Equation, values: list, operand: int) -> Lines:
+    """Slopes from `relax`; offsets proved: the extremes of f(x) - slope x on a grid.
+
+    Between two neighbours of the grid a function with second derivatives in [-M, M]
+    leaves its chord by at most M (distance)^2 / 8.
+    """
+    x = values[operand]
+    bent = bent_interval(equation, values)
+    share = None if bent is None else problem.slope(bent)
+    sides = relax(equation, values, share)
+    grid = _grid(equation, values, operand)
+
+    def evaluate(point: Array) -> Interval:
+        here = [Thin(point, point) if i == operand else v for i, v in enumerate(values)]
+        return Interval(*rounding.sound_step(equation, here)[0])
+
+    low, high = jax.vmap(evaluate)(grid)
+    unit, tiny, _ = rounding.format_of(x.lower.dtype)
+    size, value = rounding.magnitude(x), rounding.magnitude(Interval(low, high)).max(0)
+    distance = 1.01 * (x.upper - x.lower) / GRID + 4 * unit * size
+    sagitta = CURVATURE[equation.primitive] * distance * distance / 7
+    slack = sagitta + 2 * (high - low).max(0) + 16 * tiny
+    slope_low, slope_high = (
+        jnp.broadcast_to(side.slopes[0], x.lower.shape).astype(x.lower.dtype)
+        for side in sides
+    )
+    offset_low = (low - slope_low[None] * grid).min(0) - slack
+    offset_high = (high - slope_high[None] * grid).max(0) + slack
+    rounded = [16 * unit * (jnp.abs(s) * size + value) for s in (slope_low, slope_high)]
+    offsets = (offset_low - rounded[0], offset_high + rounded[1])
+    return Lines(operand, (slope_low, slope_high), offsets)
+
+
+def _grid(equation: Equation, values: list, operand: int) -> Array:
+    """Points of the operand's interval: the ends, the bend, and what lies between."""
+    x = values[operand]
+    if CURVATURE[equation.primitive]:
+        steps = jnp.arange(1, GRID, dtype=x.lower.dtype) / GRID
+        between = jax.vmap(lambda t: x.lower + t * (x.upper - x.lower))(steps)
+        between = jnp.clip(between, x.lower[None], x.upper[None])
+    else:
+        others = [v for i, v in enumerate(values) if i != operand]
+        compares = equation.primitive in (p.max_p, p.min_p)
+        bend = others[0] if compares else jnp.zeros((), x.lower.dtype)
+        between = jnp.clip(jnp.broadcast_to(bend, x.lower.shape), *x)[None]
+    return jnp.concatenate([x.lower[None], between, x.upper[None]])
+
+
+# ------------------------------------------------------------------------ the way back
+
+
+def _enclose(problem: Problem, node: Node) -> Interval:
+    """Bounds of every entry of a node, in chunks of rows that fit the budget."""
+    shape, dtype = node.aval.shape, node.aval.dtype
+    size = max(1, int(np.prod(shape)))
+    widest = max(v.aval.size for v in (*problem.positions, *problem.graph.inputs))
+    chunk = max(1, min(size, problem.max_bytes // (8 * widest * dtype.itemsize)))
+
+    def some(index: Array) -> Interval:
+        rows = jax.nn.one_hot(index, size, dtype=dtype).reshape(chunk, *shape)
+        both = jnp.concatenate([rows, -rows])
+        lower, negated = jnp.split(_close(problem, _pull_back(problem, node, both)), 2)
+        return Interval(lower, -negated)
+
+    if chunk == size:
+        found = some(jnp.arange(size))
+    else:
+        count = -(-size // chunk)
+        index = jnp.minimum(jnp.arange(count * chunk), size - 1)
+        found = jax.lax.map(some, index.reshape(count, chunk))
+    return Interval(*(v.ravel()[:size].reshape(shape) for v in found))
+
+
+def _pull_back(problem: Problem, target: Node, rows: Array) -> Rows:
+    """Linear functions of the input nodes below `<rows, target>`."""
+    zeros = jnp.zeros(rows.shape[0], rows.dtype)
+    state = Rows({target: rows}, zeros, zeros)
+    for i in range(problem.positions.get(target, -1), -1, -1):
+        equation = problem.graph.equations[i]
+        taken = [state.coefficients.pop(o, None) for o in equation.outputs]
+        if any(c is not None for c in taken):
+            state = _step(problem, state, i, taken)
+    return state
+
+
+def _step(problem: Problem, state: Rows, i: int, taken: list) -> Rows:
+    """One equation: through lines, through its adjoint, or to its enclosure."""
+    equation = problem.graph.equations[i]
+    values = [read(problem.env, atom) for atom in equation.inputs]
+    thin = isinstance(problem.env[equation.outputs[0]], Thin)
+    bounded = _bounded(equation, values)
+    if i in problem.lines and not thin:
+        parts, constant, error = _through_lines(problem.lines[i], values, taken[0])
+    elif is_affine(equation, bounded) and not thin:
+        parts, constant, error = _through_adjoint(equation, values, bounded, taken)
+    else:
+        outputs = [problem.env[o] for o in equation.outputs]
+        parts, constant, error = {}, *_to_constants(outputs, taken)
+    return _add(problem, state, equation, parts, constant, error)
+
+
+def _add(
+    problem: Problem,
+    state: Rows,
+    equation: Equation,
+    parts: dict[int, Array],
+    constant: Array,
+    error: Array,
+) -> Rows:
+    """The parts join what is known of the operands; each sum is rounded once."""
+    coefficients = state.coefficients
+    unit = rounding.format_of(constant.dtype).unit
+    for i, part in parts.items():
+        node = equation.inputs[i]
+        known = coefficients.get(node)
+        if known is not None:
+            size = rounding.magnitude(problem.env[node])
+            error = error + 4 * unit * _contract(jnp.abs(known) + jnp.abs(part), size)
+            part = known + part  # noqa: PLW2901
+        coefficients[node] = part
+    total = state.constant + constant
+    error = (state.error + error + 4 * unit * jnp.abs(total)) * (1 + 8 * unit)
+    return Rows(coefficients, total, error)
+
+
+def _bounded(equation: Equation, values: list) -> list[bool]:
+    """Which operands stay variables: all intervals, but not a thin factor."""
+    wide = [isinstance(v, Interval) and not isinstance(v, Thin) for v in values]
+    if equation.primitive in BILINEAR and sum(wide) == 1:
+        return wide
+    return [isinstance(v, Interval) for v in values]
+
+
+def _contract(rows: Array, value: Array) -> Array:
+    """`<row, value>` for each row."""
+    flat = rows.reshape(rows.shape[0], -1)
+    value = jnp.broadcast_to(value, rows.shape[1:]).ravel()
+    return jnp.matmul(flat, value, precision=jax.lax.Precision.HIGHEST)
+
+
+def _charge(rows: Array, sizes: Array, per: float) -> Array:
+    """At least `per <|row|, sizes>`, and what is flushed to zero on the way."""
+    unit, tiny, _ = rounding.format_of(rows.dtype)
+    _, inverse = rounding.growth(sizes.size, unit)
+    total = _contract(jnp.abs(rows), sizes) + 8 * tiny * (sizes.size + jnp.sum(sizes))
+    return per * total * (1 + inverse) * (1 + 8 * unit)
+
+
+def _through_lines(
+    lines: Lines, values: list, rows: Array
+) -> tuple[dict, Array, Array]:
+    """Positive coefficients go through the lower line, negative ones the upper."""
+    unit = rounding.format_of(rows.dtype).unit
+    positive, negative = jnp.maximum(rows, 0.0), jnp.minimum(rows, 0.0)
+    part = positive * lines.slopes[0][None] + negative * lines.slopes[1][None]
+    constant = _contract(positive, lines.offsets[0]) + _contract(
+        negative, lines.offsets[1]
+    )
+    steepest, farthest = (
+        jnp.maximum(*map(jnp.abs, pair)) for pair in (lines.slopes, lines.offsets)
+    )
+    sizes = steepest * rounding.magnitude(values[lines.operand]) + farthest
+    gamma, _ = rounding.growth(sizes.size + 8, unit)
+    error = _charge(rows, sizes, gamma)
+    return {lines.operand: part}, constant, error
+
+
+def _to_constants(outputs: list, taken: list) -> tuple[Array, Array]:
+    """The ends of the enclosures: always true."""
+    constant, error = jnp.zeros(()), jnp.zeros(())
+    for rows, x in zip(taken, outputs, strict=True):
+        if rows is None:
+            continue
+        ends = jnp.maximum(rows, 0.0), jnp.minimum(rows, 0.0)
+        unit = rounding.format_of(rows.dtype).unit
+        gamma, _ = rounding.growth(x.lower.size + 8, unit)
+        constant = constant + sum(map(_contract, ends, x))
+        error = error + _charge(rows, rounding.magnitude(x), gamma)
+    return constant, error
+
+
+def _through_adjoint(
+    equation: Equation, values: list, bounded: list[bool], taken: list
+) -> tuple[dict, Array, Array]:
+    """Coefficients by `jax.vjp` of the equation, the value at 0, and their errors."""
+    chosen = [i for i, on in enumerate(bounded) if on]
+    fixed = [
+        rounding.ball(v)[0] if isinstance(v, Interval) and not on else v
+        for v, on in zip(values, bounded, strict=True)
+    ]
+
+    def apply(*args: Array) -> list[Array]:
+        full = list(fixed)
+        for i, arg in zip(chosen, args, strict=True):
+            full[i] = arg
+        return equation.bind(*full)
+
+    at_zero, pull = jax.vjp(apply, *(jnp.zeros_like(values[i].lower) for i in chosen))
+    given = next(c for c in taken if c is not None)
+    rows = [
+        jnp.zeros((given.shape[0], *v.shape), v.dtype) if c is None else c
+        for c, v in zip(taken, at_zero, strict=True)
+    ]
+    parts = dict(zip(chosen, jax.vmap(pull)(rows), strict=True))
+    constant = jnp.zeros(given.shape[0], given.dtype)
+    has_constant = equation.primitive not in MULTIPLIES and not all(bounded)
+    if has_constant:
+        constant = sum(map(_contract, rows, at_zero), constant)
+    error = _adjoint_error(equation, values, chosen, rows, has_constant)
+    return parts, constant, error
+
+
+MULTIPLIES = {*BILINEAR, p.div_p}
+ARITHMETIC = {
+    *MULTIPLIES,
+    p.add_p,
+    p.sub_p,
+    p.reduce_sum_p,
+    p.cumsum_p,
+    p.reduce_window_sum_p,
+    p.convert_element_type_p,
+}
+
+
+def _adjoint_error(
+    equation: Equation,
+    values: list,
+    chosen: list[int],
+    rows: list[Array],
+    has_constant: bool,
+) -> Array:
+    """What the program, the coefficients and the constant may be off.
+
+    All three are bounded by |equation|(sizes of the operands): its roundings forwards,
+    backwards, and those of the scalar product with the value at 0. A factor that the
+    program computes is replaced by its centre; its radius is charged.
+    """
+    error = jnp.zeros(rows[0].shape[0], rows[0].dtype)
+    arithmetic = equation.primitive in ARITHMETIC
+    forwards = rounding.roundings(equation) if arithmetic else 0
+    backwards = _back_roundings(equation, values, chosen)
+    if not (forwards or backwards or has_constant):
+        return error
+    sizes = [_size(v) for v in values]
+    factors = rounding.factor_error(equation)
+    moved = rounding.absolute_step(equation, sizes)
+    radii = _thin_radii(equation, values, sizes)
+    for k, (row, size) in enumerate(zip(rows, moved, strict=True)):
+        unit = max(
+            rounding.format_of(v.aval.dtype).unit
+            for v in (*equation.inputs, *equation.outputs)
+            if rounding.is_float(v.aval.dtype)
+        )
+        gamma, inverse = rounding.growth(forwards + 2, unit, factors)
+        back, _ = rounding.growth(backwards + 2, unit, factors)
+        scalar, _ = rounding.growth(size.size if has_constant else 0, unit)
+        error = error + _charge(row, size, (gamma + back + scalar) * (1 + inverse))
+        if k == 0 and radii is not None:
+            error = error + _charge(row, radii, 1 + 2 * inverse)
+    underflow = sum(jnp.sum(sizes[i]) for i in chosen)
+    tiny = rounding.format_of(rows[0].dtype).tiny
+    return error + 16 * (backwards + 2) * tiny * (1 + underflow)
+
+
+def _size(value: Any) -> Any:
+    if isinstance(value, Interval):
+        return rounding.magnitude(value)
+    return rounding.coefficient_size(value)
+
+
+def _thin_radii(equation: Equation, values: list, sizes: list) -> Array | None:
+    """|x| times the radius of a factor that the program computes."""
+    thin = [i for i, v in enumerate(values) if isinstance(v, Thin)]
+    if equation.primitive not in BILINEAR or len(thin) != 1:
+        return None
+    operands = list(sizes)
+    operands[thin[0]] = rounding.ball(values[thin[0]])[1]
+    return rounding.absolute_step(equation, operands)[0]
+
+
+def _back_roundings(equation: Equation, values: list, chosen: list[int]) -> int:
+    """How many products or terms one coefficient of an operand adds up, at most."""
+    outputs = sum(o.aval.size for o in equation.outputs)
+    operand = max(1, *(values[i].lower.size for i in chosen))
+    primitive = equation.primitive
+    if primitive is p.dot_general_p:
+        other = equation.inputs[1 - chosen[0]].aval
+        batch = equation.params["dimension_numbers"][1][1 - chosen[0]]
+        batches = int(np.prod([other.shape[i] for i in batch]))
+        return other.size // max(1, rounding.products(equation) * batches)
+    if primitive is p.conv_general_dilated_p and chosen == [0]:
+        kernel = equation.inputs[1].aval
+        features = equation.params["dimension_numbers"].rhs_spec[1]
+        return kernel.size // max(1, kernel.shape[features])
+    if primitive in (p.cumsum_p, p.reduce_window_sum_p):
+        return rounding.roundings(equation)
+    if primitive in (p.mul_p, p.div_p, p.convert_element_type_p):
+        return 1 + outputs // operand
+    if primitive in (p.gather_p, p.pad_p, p.conv_general_dilated_p):
+        return outputs
+    return 0 if outputs <= operand else -(-outputs // operand)
+
+
+# ----------------------------------------------------------------------- closing rows
+
+
+def _close(problem: Problem, rows: Rows) -> Array:
+    """[2R] lower bounds of the rows over the threat set, rounded down."""
+    leaves, tree = jax.tree.flatten(problem.x)
+    nodes = problem.graph.inputs
+    count, dtype = rows.constant.shape[0], rows.constant.dtype
+    filled = [
+        rows.coefficients.get(node, jnp.zeros((count, *jnp.shape(leaf)), dtype))
+        for node, leaf in zip(nodes, leaves, strict=True)
+    ]
+    threat = rounding.enlarged(problem.threat, problem.x)
+
+    def one(*coefficients: Array) -> Array:
+        return threat.minimum(problem.x, jax.tree.unflatten(tree, coefficients))
+
+    unit, _, largest = rounding.format_of(dtype)
+    least = jax.vmap(one)(*filled)
+    error = rows.error
+    eps = getattr(threat, "eps", 0.0)
+    for row, node, leaf in zip(filled, nodes, leaves, strict=True):
+        size = rounding.magnitude(problem.env[node])
+        size = jnp.maximum(size, jnp.abs(leaf) + jnp.abs(eps))
+        gamma, _ = rounding.growth(2 * leaf.size + 32, unit)
+        error = error + _charge(row, size, 2 * gamma)
+    total = least + rows.constant
+    size = jnp.abs(least) + jnp.abs(rows.constant) + error
+    lower = total - error * (1 + 16 * unit) - 8 * unit * size
+    # overflow on the way, in the program or here: then nothing is known
+    return jnp.where(size < largest / 2**10, lower, -jnp.inf)
