@@ -3,6 +3,7 @@
 from certjax.smoothing.certify import (
     ABSTAIN as ABSTAIN,
     certify as certify,
+    decide as decide,
     judge as judge,
     predict as predict,
     SmoothedCertificate as SmoothedCertificate,
@@ -13,4 +14,8 @@ from certjax.smoothing.noise import (
     Table as Table,
     Uniform as Uniform,
 )
-from certjax.smoothing.votes import sample_mesh as sample_mesh, votes as votes
+from certjax.smoothing.votes import (
+    Forward as Forward,
+    sample_mesh as sample_mesh,
+    votes as votes,
+)

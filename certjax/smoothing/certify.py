@@ -31,7 +31,7 @@ class SmoothedCertificate(NamedTuple):
     and carries radius 0.
 
     prediction: class, or -1.
-    radius: in `norm` and input units, full precision, rounded down.
+    radius: in `norm` and input units, full precision, rounded down; finite.
     p_lower: Clopper-Pearson lower bound of the probability of the top class.
     counts: [K] int64, votes of the n estimation samples.
     counts0: [K] int64, votes of the n0 selection samples.
@@ -57,7 +57,7 @@ class SmoothedCertificate(NamedTuple):
     dtype: str
 
 
-def certify(
+def certify(  # noqa: PLR0913, PLR0917 - the parameters of the paper
     f: Classifier,
     noise: Any,
     key: Key,
@@ -76,18 +76,18 @@ def certify(
     Args:
       f: classifier of one example.
       noise: a distribution, e.g. `Gaussian(0.25)`.
-      key: of this example, e.g. `fold_in(key, index)`: examples then resume in any order.
+      key: of this example, e.g. `fold_in(key, index)`: they then resume in any order.
       x: [...] one example, input units.
       n0, n: numbers of selection and estimation samples.
       alpha: failure probability of this certificate.
-      batch: samples per dispatch.
-      **how: `block`, `mesh`, `dtype` of `votes`.
+      batch: samples between two returns to the host.
+      **how: `block`, `mesh`, `dtype`, see `Forward`.
 
     Returns:
       A `SmoothedCertificate` of host numbers.
 
     Raises:
-      ValueError: n0 or n below 1, alpha outside (0, 1).
+      ValueError: n0, n or batch below 1, alpha outside (0, 1).
     """
     check_trials("n0", n0)
     check_trials("n", n)
@@ -108,11 +108,20 @@ def judge(
     alpha: float,
     **how: Any,
 ) -> SmoothedCertificate:
-    """The certificate that these counts prove; host arithmetic only."""
+    """The certificate that these counts prove; host arithmetic only.
+
+    Args:
+      counts0, counts: [K] votes of n0 and of n samples, drawn independently.
+      noise: what they were drawn from.
+      size: number of coordinates of an example.
+      n0, n: numbers of samples, those with a NaN logit included.
+      alpha: failure probability.
+      **how: `dtype` of the forward pass, for the record.
+    """
     guess = int(np.argmax(counts0))
     p_lower = proportion_lower(int(counts[guess]), n, alpha)
     radius = noise.radius(p_lower, size)
-    proved = radius > 0
+    proved = 0 < radius < np.inf
     return SmoothedCertificate(
         prediction=guess if proved else ABSTAIN,
         radius=radius if proved else 0.0,
@@ -144,13 +153,20 @@ def predict(
     """The class that the smoothed classifier predicts at x, or -1 (abstain).
 
     With probability at least 1 - alpha the answer is -1 or the top class: a two-sided
-    binomial test of the most against the second most frequent vote.
+    binomial test of the most against the second most frequent vote. Samples with a NaN
+    logit count as one more class, which is never answered.
 
     Args, Raises: as `certify`.
     """
     check_trials("n", n)
     check_alpha(alpha)
-    counts = votes(f, noise, key, x, n, batch, **how)
-    first, second = np.argsort(-counts, kind="stable")[:2]
-    p_value = binomial_test(int(counts[first]), int(counts[second]))
-    return int(first) if p_value <= alpha else ABSTAIN
+    return decide(votes(f, noise, key, x, n, batch, **how), n, alpha)
+
+
+def decide(counts: np.ndarray, n: int, alpha: float) -> int:
+    """The class that wins these [K] votes of n samples significantly, or -1."""
+    top = int(np.argmax(counts))
+    rivals = np.append(np.delete(counts, top), n - counts.sum())
+    p_value = binomial_test(int(counts[top]), int(np.max(rivals)))
+    won = counts[top] > np.max(rivals) and p_value <= alpha
+    return top if won else ABSTAIN

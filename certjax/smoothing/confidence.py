@@ -7,7 +7,8 @@ tests/test_confidence.py), so no number exceeds the exact one.
 """
 
 import math
-from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+from decimal import Decimal, ROUND_CEILING, ROUND_FLOOR
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +17,12 @@ from scipy import special, stats
 
 SLACK = 4e-12  # relative; scipy's inverse beta is within 1.2e-12 of the exact value
 TINY = 2.0**-52
+ROUNDING = 1e-9  # relative; more than the error of scipy's binomial tails
+MOST_TRIALS = 2**30  # sample numbers are int32 on the device, with room for padding
 
 
 def check_alpha(alpha: float) -> None:
-    """Refuse a failure probability outside (0, 1)."""
+    """Refuse a failure probability outside (0, 1), NaN included."""
     if not 0 < alpha < 1:
         raise ValueError(
             f"alpha must lie in (0, 1), got {alpha}; it is the probability of a wrong "
@@ -28,19 +31,20 @@ def check_alpha(alpha: float) -> None:
 
 
 def check_trials(name: str, trials: int) -> None:
-    """Refuse a number of samples that is not a positive integer below 2^31."""
-    if trials != int(trials) or not 1 <= trials < 2**31:
+    """Refuse a number of samples that is not an integer in [1, 2^30]."""
+    if not (1 <= trials <= MOST_TRIALS and trials == int(trials)):
         raise ValueError(
-            f"{name} must be an integer in [1, 2^31), got {trials}; "
+            f"{name} must be an integer in [1, 2^30], got {trials}; "
             "Cohen et al. use n0=100 and n=100000"
         )
 
 
 def _check_counts(successes: np.ndarray, trials: int) -> None:
     check_trials("trials", trials)
-    if np.any(successes < 0) or np.any(successes > trials):
+    whole = np.asarray(successes == np.floor(successes))  # False for NaN
+    if not np.all(whole & (successes >= 0) & (successes <= trials)):
         raise ValueError(
-            f"successes must lie in [0, trials={trials}], got {successes}; "
+            f"successes must be integers in [0, trials={trials}], got {successes}; "
             "pass the votes of one class and the number of samples"
         )
 
@@ -118,13 +122,15 @@ def split_alpha(alpha: float, tests: int) -> Budget:
     if tests < 1:
         raise ValueError(f"tests must be at least 1, got {tests}")
     part = alpha / tests
-    while sum([Decimal(part)] * tests) > Decimal(alpha):
+    while tests * Fraction(part) > Fraction(float(alpha)):
         part = math.nextafter(part, 0.0)
     return Budget(alpha, (part,) * tests)
 
 
 def binomial_test(first: int, second: int) -> float:
     """Two-sided p-value of `first` wins against `second` under a fair coin.
+
+    Never below the exact one.
 
     Source: the abstention test of PREDICT, Cohen et al. 2019, section 3.2.1.
     """
@@ -133,7 +139,7 @@ def binomial_test(first: int, second: int) -> float:
         return 1.0
     # P(X >= most), X ~ Binomial(total, 1/2), doubled by symmetry
     tail = special.betainc(most, total - most + 1, 0.5) if most else 1.0
-    return float(min(1.0, 2.0 * tail))
+    return float(min(1.0, 2.0 * tail * (1.0 + ROUNDING)))
 
 
 def bernstein_lower(total: float, squares: float, trials: int, alpha: float) -> float:
@@ -153,10 +159,15 @@ def bernstein_lower(total: float, squares: float, trials: int, alpha: float) -> 
     Source: Maurer & Pontil 2009, arXiv:0907.3740, theorem 4; MACER's soft certificate.
     """
     check_alpha(alpha)
-    if trials < 2:
-        raise ValueError(f"trials must be at least 2, got {trials}")
+    check_trials("trials", trials)
+    if trials < 2 or not 0 <= squares <= total <= trials:
+        raise ValueError(
+            "need 0 <= squares <= total <= trials and trials >= 2, got "
+            f"squares={squares}, total={total}, trials={trials}; the values lie in "
+            "[0, 1]: sum them in float64"
+        )
     mean = total / trials
-    variance = max(squares - trials * mean * mean, 0.0) / (trials - 1)
+    variance = max(squares - trials * mean * mean, 0.0) / (trials - 1) + 1e-12
     log = math.log(2.0 / alpha)
     slack = math.sqrt(2.0 * variance * log / trials) + 7.0 * log / (3.0 * (trials - 1))
     return max(0.0, mean - slack)
@@ -201,7 +212,7 @@ def _rank_below(trials: int, quantile: float, alpha: float) -> int:
     samples[k] lies above the quantile iff at most k samples fall below it.
     """
     k = int(stats.binom.ppf(alpha, trials, quantile))
-    while k >= 0 and stats.binom.cdf(k, trials, quantile) > alpha:
+    while k >= 0 and stats.binom.cdf(k, trials, quantile) * (1 + ROUNDING) > alpha:
         k -= 1
     return k
 

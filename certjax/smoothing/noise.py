@@ -3,14 +3,16 @@
 A noise is a frozen dataclass (a pytree: sigma may be traced) with
 
     sample(key, x) -> z             a noisy copy of one example, on the device
-    radius(p_lower, size=1) -> r    host, float64: the certified radius
+    radius(p_lower, size) -> r      host, float64: the certified radius
     norm                            of the radius: "l0", "l1", "l2" or "linf"
     guarantee                       in which arithmetic the theorem holds
 
 `p_lower` is a lower bound of the probability of the top class; the radius is 0 unless
 it exceeds 1/2, and never above the exact one for this `p_lower`. `sigma` is the
 standard deviation per coordinate, in input units, for every distribution, so that
-distributions compare at equal strength. `size` is the number of coordinates.
+distributions compare at equal strength. `size` is the number of coordinates; only the
+linf radii depend on it, and they refuse to guess it. A p_lower of NaN buys nothing, one
+above 1 is refused; 1 itself, which no number of samples proves, may buy infinity.
 """
 
 import math
@@ -19,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
@@ -46,6 +47,25 @@ def _check_norm(noise: object, norm: str, known: tuple[str, ...]) -> None:
         raise ValueError(
             f"{type(noise).__name__} certifies {' or '.join(known)}, got norm={norm!r}"
         )
+
+
+def more_than_half(p_lower: float) -> bool:
+    """Does the bound prove a majority? NaN does not; a "probability" above 1 raises."""
+    if p_lower > 1.0:
+        raise ValueError(
+            f"p_lower must lie in [0, 1], got {p_lower}; it is a lower bound of the "
+            "probability of the top class, see confidence.proportion_lower"
+        )
+    return bool(p_lower > 0.5)
+
+
+def _coordinates(size: int | None) -> int:
+    if size is None or size < 1:
+        raise ValueError(
+            f"an linf radius needs the number of coordinates, got size={size}; "
+            "pass size=x.size"
+        )
+    return size
 
 
 def cut(radius: float) -> float:
@@ -80,12 +100,14 @@ class Gaussian:
         """X plus noise; not clipped to the domain."""
         return x + self.sigma * generator.standard_normal(key, x.shape)
 
-    def radius(self, p_lower: float, size: int = 1) -> float:
+    def radius(self, p_lower: float, size: int | None = None) -> float:
         """Certified radius in `norm`."""
-        if not p_lower > 0.5:
+        if not more_than_half(p_lower):
             return 0.0
         radius = float(self.sigma) * special.ndtri(p_lower)
-        return cut(radius / math.sqrt(size) if self.norm == "linf" else radius)
+        if self.norm == "linf":
+            radius /= math.sqrt(_coordinates(size))
+        return cut(radius)
 
 
 @jax.tree_util.register_dataclass
@@ -117,11 +139,11 @@ class Laplace:
         """X plus noise."""
         return x + self.scale * generator.standard_laplace(key, x.shape)
 
-    def radius(self, p_lower: float, size: int = 1) -> float:  # noqa: ARG002
+    def radius(self, p_lower: float, size: int | None = None) -> float:  # noqa: ARG002
         """Certified l1 radius."""
-        if not p_lower > 0.5:
+        if not more_than_half(p_lower):
             return 0.0
-        if p_lower >= 1.0:
+        if p_lower == 1.0:
             return math.inf
         return cut(-float(self.scale) * math.log(2.0 * (1.0 - p_lower)))
 
@@ -158,15 +180,15 @@ class Uniform:
         """X plus noise."""
         return x + self.half_width * generator.symmetric_uniform(key, x.shape)
 
-    def radius(self, p_lower: float, size: int = 1) -> float:
+    def radius(self, p_lower: float, size: int | None = None) -> float:
         """Certified radius in `norm`."""
-        if not p_lower > 0.5:
+        if not more_than_half(p_lower):
             return 0.0
         width = 2.0 * float(self.half_width)
         if self.norm == "l1":
             return cut(width * (p_lower - 0.5))
         # 1 - q^(1/d) without cancellation
-        return cut(-width * math.expm1(math.log(1.5 - p_lower) / size))
+        return cut(-width * math.expm1(math.log(1.5 - p_lower) / _coordinates(size)))
 
 
 @jax.tree_util.register_dataclass
@@ -192,23 +214,25 @@ class Table:
 
     def __post_init__(self) -> None:
         """Refuse a table that is not a monotone map from (1/2, 1] to radii."""
+        _check_norm(self, self.norm, ("l0", "l1", "l2", "linf"))
         p, r = np.asarray(self.probabilities), np.asarray(self.radii)
-        rising = (
-            p.shape == r.shape and np.all(np.diff(p) > 0) and np.all(np.diff(r) >= 0)
-        )
-        if not (rising and p.size and p[0] > 0.5 and p[-1] <= 1.0 and r[0] >= 0.0):
+        alike = p.shape == r.shape and p.ndim == 1 and p.size > 0
+        rising = alike and np.all(np.diff(p) > 0) and np.all(np.diff(r) >= 0)
+        if not (rising and p[0] > 0.5 and p[-1] <= 1 and r[0] >= 0 and r[-1] < np.inf):
             raise ValueError(
                 "a table needs as many radii as probabilities, both ascending, "
-                f"probabilities in (1/2, 1]; got {p.size} and {r.size} entries; sort "
-                "them and drop the rows with p <= 1/2"
+                f"probabilities in (1/2, 1], radii finite; got {p.size} and {r.size} "
+                "entries; sort them and drop the rows with p <= 1/2"
             )
 
     def sample(self, key: Key, x: Array) -> Array:
         """A draw of the tabulated noise."""
         return self.sampler(key, x)
 
-    def radius(self, p_lower: float, size: int = 1) -> float:  # noqa: ARG002
+    def radius(self, p_lower: float, size: int | None = None) -> float:  # noqa: ARG002
         """The largest tabulated radius whose probability is reached."""
+        if not more_than_half(p_lower):
+            return 0.0
         reached = int(np.searchsorted(self.probabilities, p_lower, side="right"))
         return float(self.radii[reached - 1]) if reached else 0.0
 

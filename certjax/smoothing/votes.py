@@ -8,7 +8,7 @@ even through the last bit of a logit. Memory does not depend on n.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,23 @@ from certjax.smoothing.confidence import check_trials
 from certjax.types import Array, Classifier, Key
 
 
-BLOCK = 64  # rows of one forward pass; on GPU and TPU pass more, e.g. block=512
 AXIS = "samples"
 
 Draw: TypeAlias = Callable[[Any, Array, Array], Array]
 """`draw(source, i, x) -> z`: the i-th noisy copy of x; `source` is a pytree."""
+
+
+class Forward(NamedTuple):
+    """How a forward pass is computed; the keywords of `votes` and `certify`.
+
+    block: rows of one forward pass; on GPU and TPU pass more, e.g. 512.
+    mesh: spread the blocks over these devices (see `sample_mesh`); None: one device.
+    dtype: of the noisy input and of the floating leaves of f, e.g. jnp.bfloat16.
+    """
+
+    block: int = 64
+    mesh: Mesh | None = None
+    dtype: Any = jnp.float32
 
 
 def sample_mesh(devices: list[jax.Device] | None = None) -> Mesh:
@@ -39,10 +51,7 @@ def votes(
     x: Array,
     n: int,
     batch: int = 1000,
-    *,
-    block: int = BLOCK,
-    mesh: Mesh | None = None,
-    dtype: Any = jnp.float32,
+    **how: Any,
 ) -> np.ndarray:
     """Count the predictions of `f` on n noisy copies of x.
 
@@ -54,23 +63,19 @@ def votes(
       noise: a distribution of `certjax.smoothing.noise`.
       key: threefry key of this example.
       x: [...] one example, input units.
-      n: number of samples, in [1, 2^31).
-      batch: samples between two returns to the host; rounded up to whole blocks. It
-        changes neither the counts nor the memory.
-      block: rows of one forward pass.
-      mesh: spread the blocks over these devices (see `sample_mesh`); None: one device.
-      dtype: of the noisy input and of the floating leaves of f, e.g. jnp.bfloat16.
+      n: number of samples, in [1, 2^30].
+      batch: samples between two returns to the host, in whole blocks, at least one per
+        device. It changes neither the counts nor the memory.
+      **how: `block`, `mesh`, `dtype`, see `Forward`.
 
     Returns:
       [K] int64 counts on the host.
 
     Raises:
-      ValueError: n or batch below 1, or a dtype that f has no leaves to be cast to.
+      ValueError: n, batch or block below 1, an f that does not return [K] logits, or a
+        dtype that f has no leaves to be cast to.
     """
-    check_trials("n", n)
-    return count_range(
-        f, _draw_keyed, (key, noise), x, n, batch, block=block, mesh=mesh, dtype=dtype
-    )
+    return count_range(f, _draw_keyed, (key, noise), x, n, batch, Forward(**how))
 
 
 def _draw_keyed(source: tuple[Key, Any], i: Array, x: Array) -> Array:
@@ -84,43 +89,41 @@ def count_range(
     source: Any,
     x: Array,
     n: int,
-    batch: int,
-    *,
-    block: int = BLOCK,
-    mesh: Mesh | None = None,
-    dtype: Any = jnp.float32,
+    batch: int = 1000,
+    how: Forward = Forward(),  # noqa: B008 - a tuple
 ) -> np.ndarray:
     """Count the predictions on `draw(source, i, x)` for i in 0..n-1; see `votes`."""
-    check_trials("batch", batch)
-    f = _cast(f, dtype)
-    devices = 1 if mesh is None else mesh.devices.size
-    last = -(-n // block)
-    stride = max(1, batch // (block * devices)) * devices
+    for name, number in (("n", n), ("batch", batch), ("block", how.block)):
+        check_trials(name, number)
+    how = how._replace(dtype=jnp.dtype(how.dtype))
+    f = _cast(f, how.dtype)
+    devices = 1 if how.mesh is None else how.mesh.devices.size
+    last = -(-n // how.block)
+    stride = max(1, batch // (how.block * devices)) * devices
     leaves, tree = jax.tree.flatten(f)
     static = tuple(None if _is_array(leaf) else leaf for leaf in leaves)
     arrays = [leaf if _is_array(leaf) else None for leaf in leaves]
-    operands = _replicate((arrays, source, jnp.asarray(x, jnp.float32)), mesh)
+    operands = (arrays, source, jnp.asarray(x, jnp.float32))
     count = partial(
-        _count_blocks, (tree, static), draw, block=block, mesh=mesh, dtype=dtype
+        _count_blocks, (tree, static), draw, how, _replicate(operands, how.mesh), n
     )
-    chunks = [
-        count(operands, n, first, min(first + stride, last))
-        for first in range(0, last, stride)
-    ]
-    return np.sum([np.asarray(c, np.int64) for c in chunks], axis=0)
+    total = np.int64(0)
+    for first in range(0, last, stride):
+        total = total + np.asarray(count(first, min(first + stride, last)))
+    return total
 
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray)
 
 
-def _cast(f: Classifier, dtype: Any) -> Classifier:
-    if dtype == jnp.float32:
+def _cast(f: Classifier, dtype: np.dtype) -> Classifier:
+    if dtype == np.float32:
         return f
     leaves = [leaf for leaf in jax.tree.leaves(f) if _is_array(leaf)]
     if not leaves:
         raise ValueError(
-            f"dtype={jnp.dtype(dtype).name} needs an f whose weights are leaves, got a "
+            f"dtype={dtype.name} needs an f whose weights are leaves, got a "
             "plain function; write jax.tree_util.Partial(model.apply, variables)"
         )
 
@@ -139,6 +142,8 @@ def _replicate(tree: Any, mesh: Mesh | None) -> Any:
 
     def put(leaf: Any) -> Array:
         leaf = jnp.asarray(leaf)
+        if leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            return leaf
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             words = np.asarray(jax.random.key_data(leaf))
             impl = jax.random.key_impl(leaf)
@@ -148,50 +153,31 @@ def _replicate(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(put, tree)
 
 
-@partial(jax.jit, static_argnums=(0, 1), static_argnames=("block", "mesh", "dtype"))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _count_blocks(
     function: tuple,
     draw: Draw,
+    how: Forward,
     operands: tuple,
     n: Array,
     first: Array,
     last: Array,
-    *,
-    block: int,
-    mesh: Mesh | None,
-    dtype: Any,
 ) -> Array:
     """[K] int32: the votes of blocks first..last-1, samples >= n masked out."""
-    tree, static = function
-
-    def count(
-        operands: tuple, n: Array, first: Array, last: Array, step: int = 1
-    ) -> Array:
-        arrays, source, x = operands
-        pairs = zip(arrays, static, strict=True)
-        f = jax.tree.unflatten(tree, [s if a is None else a for a, s in pairs])
-
-        def classify(i: Array) -> Array:
-            return f(draw(source, i, x).astype(dtype))
-
-        classes = jax.eval_shape(classify, 0).shape[0]
-        body = partial(_add_block, classify, n, block, first, step)
-        zero = jnp.zeros(classes, jnp.int32)
-        steps = (last - first + step - 1) // step
-        return jax.lax.fori_loop(0, steps, body, zero)
-
-    if mesh is None:
-        return count(operands, n, first, last)
+    if how.mesh is None:
+        classify = _classifier(function, draw, how.dtype, operands)
+        return _count_steps(classify, how.block, n, first, last, 1)
 
     def local(operands: tuple, n: Array, first: Array, last: Array) -> Array:
+        classify = _classifier(function, draw, how.dtype, operands)
         mine = first + jax.lax.axis_index(AXIS)
-        counts = count(operands, n, mine, last, mesh.devices.size)
+        counts = _count_steps(classify, how.block, n, mine, last, how.mesh.size)
         return jax.lax.psum(counts, AXIS)
 
     everywhere = PartitionSpec()
     spread = jax.shard_map(
         local,
-        mesh=mesh,
+        mesh=how.mesh,
         in_specs=(everywhere,) * 4,
         out_specs=everywhere,
         check_vma=False,
@@ -199,17 +185,46 @@ def _count_blocks(
     return spread(operands, n, first, last)
 
 
-def _add_block(
+def _classifier(
+    function: tuple, draw: Draw, dtype: np.dtype, operands: tuple
+) -> Callable[[Array], Array]:
+    """`classify(i) -> logits` of the i-th noisy copy."""
+    (tree, static), (arrays, source, x) = function, operands
+    pairs = zip(arrays, static, strict=True)
+    f = jax.tree.unflatten(tree, [s if a is None else a for a, s in pairs])
+    return lambda i: f(draw(source, i, x).astype(dtype))
+
+
+def _count_steps(
     classify: Callable[[Array], Array],
-    n: Array,
     block: int,
+    n: Array,
     first: Array,
+    last: Array,
     step: int,
-    turn: Array,
-    counts: Array,
 ) -> Array:
-    index = (first + turn * step) * block + jnp.arange(block)
-    logits = jax.vmap(classify)(index)
-    valid = (index < n) & ~jnp.any(jnp.isnan(logits), axis=-1)
-    chosen = jnp.argmax(logits, axis=-1)[:, None] == jnp.arange(counts.size)
-    return counts + jnp.sum(chosen & valid[:, None], axis=0, dtype=jnp.int32)
+    """The votes of blocks first, first + step, ... below last."""
+    classes = jnp.arange(_classes(classify))
+
+    def vote(i: Array) -> Array:
+        logits = classify(i)
+        valid = (i < n) & ~jnp.any(jnp.isnan(logits))
+        return valid & (classes == jnp.argmax(logits))
+
+    def add_block(turn: Array, counts: Array) -> Array:
+        index = (first + turn * step) * block + jnp.arange(block)
+        return counts + jnp.sum(jax.vmap(vote)(index), axis=0, dtype=jnp.int32)
+
+    steps = (last - first + step - 1) // step
+    return jax.lax.fori_loop(0, steps, add_block, jnp.zeros(classes.shape, jnp.int32))
+
+
+def _classes(classify: Callable[[Array], Array]) -> int:
+    logits = jax.eval_shape(classify, 0)
+    shape = getattr(logits, "shape", logits)
+    if len(shape) != 1 or not shape[0]:
+        raise ValueError(
+            f"f must return [K] logits of one example, got {shape}; batches are made "
+            "here: write lambda z: model(z[None])[0]"
+        )
+    return shape[0]
