@@ -1,6 +1,7 @@
-"""Tries to break the bounds with float programs: `ibp` against `ibp(sound=True)`.
+"""Tries to break bounds with float programs: `ibp(f)` against `ibp(f, sound=True)`.
 
     python -m experiments.soundness_search --cases 300
+    python -m experiments.soundness_search --method crown --cases 100
 
 Random networks are made hard on purpose: their bounds are attained at a known corner,
 and the last bias puts the margin there within a few roundings of zero. Each is then
@@ -14,6 +15,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from certjax.bounds import ibp, Interval
+from certjax.bounds import crown, ibp, Interval
+from certjax.bounds.rounding_linear import sound_crown
 from certjax.specification import margins
 from certjax.threat import Box
 
@@ -226,6 +229,34 @@ def cancelling(rng: np.random.Generator, cases: int, *, size: int, eps: float) -
     return Batch(layers, lower, upper, worst)
 
 
+def locally_linear(
+    rng: np.random.Generator, cases: int, *, sizes: tuple[int, ...], eps: float
+) -> Batch:
+    """Random networks on boxes so small that hardly a relu changes sides.
+
+    There linear bounds are attained, at the corner that the gradient names, and
+    interval bounds are not.
+    """
+    layers = [
+        (rng.normal(size=(cases, n, m)) / math.sqrt(n), rng.normal(size=(cases, m)) / 4)
+        for n, m in pairwise(sizes)
+    ]
+    layers = _as(layers, np.float32)
+    centre = rng.uniform(0.2, 0.8, (cases, sizes[0])).astype(np.float32)
+    lower, upper = centre - np.float32(eps), centre + np.float32(eps)
+    rows, x = np.eye(sizes[0])[None].repeat(cases, 0), centre.astype(np.float64)
+    for i, (w, b) in enumerate(_as(layers, np.float64)):
+        x, rows = _layer("pairwise", x, w, b), rows @ w
+        if i < len(layers) - 1:
+            rows, x = rows * (x > 0)[:, None], np.maximum(x, 0.0)
+    worst = np.where(rows[:, :, 0] - rows[:, :, 1] > 0, lower, upper)
+    batch = Batch(layers, lower, upper, worst)
+    least = run("pairwise", _exact(batch), worst.astype(np.float64))
+    shift = np.concatenate([0 * least[:, :1], least], axis=1)
+    layers[-1] = (layers[-1][0], (layers[-1][1] + shift).astype(np.float32))
+    return batch
+
+
 def _as(layers: list, dtype: Any) -> list:
     return [(w.astype(dtype), b.astype(dtype)) for w, b in layers]
 
@@ -243,6 +274,7 @@ FAMILIES: dict[str, Callable[[np.random.Generator, int], Batch]] = {
     "relu": partial(monotone, shapes=DENSE, eps=0.05),
     "relu, eps 1e-6": partial(monotone, shapes=DENSE, eps=1e-6),
     "relu, one point": partial(monotone, shapes=DENSE, eps=0.0),
+    "relu, locally linear": partial(locally_linear, sizes=(32, 24, 24, 3), eps=1e-4),
     "tanh": partial(monotone, shapes=DENSE, eps=1e-3, activation="tanh"),
     "sigmoid": partial(monotone, shapes=DENSE, eps=1e-3, activation="sigmoid"),
     "softplus": partial(monotone, shapes=DENSE, eps=1e-3, activation="softplus"),
@@ -286,10 +318,17 @@ def _values(rng: np.random.Generator, batch: Batch) -> Iterator[np.ndarray]:
         yield run("pairwise", _exact(batch), x.astype(np.float64))
 
 
-def _bounds(batch: Batch, sound: bool) -> Interval:
+# plain and sound
+METHODS: dict[str, tuple[Callable, Callable]] = {
+    "ibp": (ibp, partial(ibp, sound=True)),
+    "crown": (crown, sound_crown),
+}
+
+
+def _bounds(batch: Batch, method: Callable) -> Interval:
     def bound(layers: list, lower: jax.Array, upper: jax.Array) -> Interval:
         f = partial(network, batch.activation, layers)
-        return ibp(f, sound=sound)(Box(lower, upper), lower)
+        return method(f)(Box(lower, upper), lower)
 
     ends = jax.jit(jax.vmap(bound))(batch.layers, batch.lower, batch.upper)
     return Interval(*(np.asarray(end).astype(np.float64) for end in ends))
@@ -328,13 +367,13 @@ def _judge(bounds: Interval, values: np.ndarray, ulp: np.ndarray) -> dict:
     }
 
 
-def search(family: str, cases: int, seed: int = 0) -> Row:
+def search(family: str, cases: int, seed: int = 0, method: str = "ibp") -> Row:
     """One family of networks: counts of violations of both kinds of bounds."""
     rng = np.random.default_rng(seed)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         batch = FAMILIES[family](rng, cases)
         values = np.stack([np.asarray(v, np.float64) for v in _values(rng, batch)])
-    plain, sound = _bounds(batch, sound=False), _bounds(batch, sound=True)
+    plain, sound = (_bounds(batch, bound) for bound in METHODS[method])
     ulp = float(jnp.finfo(batch.lower.dtype).eps) * _scale(batch)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = (sound.upper - sound.lower) / (plain.upper - plain.lower)
@@ -344,10 +383,10 @@ def search(family: str, cases: int, seed: int = 0) -> Row:
     return Row(family, values.size, *judged, overhead)
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[Row], method: str) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| networks | values | outside `ibp` | worst, ulps | false certificates "
+        f"| networks | values | outside `{method}` | worst, ulps | false certificates "
         "| outside `sound=True` | false certificates | no bound | wider by |",
         "|" + "---|" * 9,
     ]
@@ -367,8 +406,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=300, help="networks per family")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--method", choices=METHODS, default="ibp")
     chosen = parser.parse_args()
-    print(table([search(family, chosen.cases, chosen.seed) for family in FAMILIES]))
+    numbers = (chosen.cases, chosen.seed, chosen.method)
+    print(table([search(family, *numbers) for family in FAMILIES], chosen.method))
 
 
 if __name__ == "__main__":

@@ -90,7 +90,8 @@ def check(name, samples):
     judged = np.isfinite(exact) & np.isfinite(lower) & np.isfinite(upper)
     assert judged.mean() > 0.3
     assert np.isfinite(value[judged]).all()
-    error, charge = np.abs(value - exact)[judged], ((upper - lower) / 2)[judged]
+    error = np.abs(value[judged] - exact[judged])
+    charge = (upper[judged] - lower[judged]) / 2
     share = np.maximum(error - 4 * TINY, 0) / charge
     worst = np.argmax(share)
     assert share[worst] <= 0.4, f"{share[worst]:.2f} at x = {x[judged][worst]!r}"
