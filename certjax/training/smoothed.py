@@ -29,6 +29,11 @@ def _draw(noise: Any, key: Key, x: Array, draws: int) -> Array:
     return jax.vmap(lambda k: noise.sample(k, x) - x)(jax.random.split(key, draws))
 
 
+def _around(f: Classifier, x: Array, noises: Array) -> Array:
+    """[S, K] logits at x under each noise."""
+    return jax.vmap(lambda noise: f(x + noise))(noises)
+
+
 def _frozen(f: Classifier, x: Array) -> Classifier:
     """`f` for the gradient loop of an attack: cheap in a loop, weights held constant."""
     return loopable(detached(f, x), x)
@@ -36,7 +41,7 @@ def _frozen(f: Classifier, x: Array) -> Classifier:
 
 def _smoothed_loss(f: Classifier, z: Array, label: Array, noises: Array) -> Array:
     """-log of the mean softmax probability of the label over the noises."""
-    mean = jnp.mean(jax.nn.softmax(jax.vmap(f)(z + noises)), axis=0)
+    mean = jnp.mean(jax.nn.softmax(_around(f, z, noises)), axis=0)
     return -jnp.log(jnp.maximum(mean[label], 1e-20))
 
 
@@ -139,7 +144,7 @@ def noisy_ddn(
         worst = _length(jnp.maximum(x, 1.0 - x))
 
         def loss(delta: Array) -> tuple[Array, Array]:
-            logits = jax.vmap(f)(x + delta + noises)
+            logits = _around(f, x + delta, noises)
             votes = jnp.sum(jax.nn.one_hot(jnp.argmax(logits, -1), logits.shape[-1]), 0)
             mean = jnp.mean(jax.nn.softmax(logits), axis=0)
             return -jnp.log(jnp.maximum(mean[label], 1e-20)), jnp.argmax(votes)
@@ -176,7 +181,7 @@ def smooth_adversarial(noise: Any, *, attack: NoisyAttack, draws: int = 4) -> Ob
         draw, start = jax.random.split(key)
         noises = _draw(noise, draw, x, draws)
         z = jax.lax.stop_gradient(attack(start, f, x, label, noises))
-        logits = jax.vmap(f)(z + noises)
+        logits = _around(f, z, noises)
         return jnp.mean(jax.vmap(cross_entropy, (0, None))(logits, label))
 
     return objective
@@ -200,7 +205,7 @@ def macer(
     """
 
     def objective(key: Key, f: Classifier, x: Array, label: Array) -> Array:
-        logits = jax.vmap(f)(x + _draw(noise, key, x, draws))
+        logits = _around(f, x, _draw(noise, key, x, draws))
         mean = jnp.mean(jax.nn.softmax(logits), axis=0)
         classification = -jnp.log(mean[label] + 1e-10)
         sharp = jnp.mean(jax.nn.softmax(beta * logits), axis=0)
@@ -241,7 +246,7 @@ def consistency(
         noises = _draw(noise, draw, x, draws)
         if attack is not None:
             x = jax.lax.stop_gradient(attack(start, f, x, label, noises))
-        logits = jax.vmap(f)(x + noises)
+        logits = _around(f, x, noises)
         mean = jnp.mean(jax.nn.softmax(logits), axis=0)
         loss = jnp.mean(jax.vmap(cross_entropy, (0, None))(logits, label))
         agreement = jnp.mean(jax.vmap(_kl, (None, 0))(mean, logits))
@@ -285,12 +290,12 @@ def smoothmix(
         if one_step is not None:
             start = jnp.clip(x + _shorten(ascend(x) - x, one_step), 0.0, 1.0)
             x = jax.lax.stop_gradient(start)
-        logits = jax.vmap(f)(x + noises)
+        logits = _around(f, x, noises)
         mean = jnp.mean(jax.nn.softmax(logits), axis=0)
         loss = jnp.mean(jax.vmap(cross_entropy, (0, None))(logits, label))
         u = jax.random.uniform(mix) / 2.0
         target = (1.0 - u) * mean + u / mean.size
-        mixed = jax.vmap(f)((1.0 - u) * x + u * z + noises)
+        mixed = _around(f, (1.0 - u) * x + u * z, noises)
         mixup = jnp.mean(jax.vmap(_kl, (None, 0))(target, mixed))
         return loss + weight * jnp.where(jnp.argmax(mean) == label, mixup, 0.0)
 
@@ -353,7 +358,7 @@ def catrs(
         draw, coins = jax.random.split(key)
         noises = _draw(noise, draw, x, draws)
         target = label.probabilities
-        logits = jax.vmap(f)(x + noises)
+        logits = _around(f, x, noises)
         votes = jnp.mean(jnp.argmax(logits, axis=-1) == label.label)
         trust = target[label.label] if confidence else votes
         accepted = jnp.sum(jax.random.uniform(coins, (draws,)) < trust)
@@ -361,7 +366,7 @@ def catrs(
         losses = jnp.sort(jax.vmap(cross_entropy, (0, None))(logits, label.label))
         easy = jnp.sum(jnp.where(jnp.arange(draws) < accepted, losses, 0.0)) / draws
         moved = _move_noises(_frozen(f, x), x, target, noises, eps, steps)
-        worst = jnp.max(jax.vmap(_kl, (None, 0))(target, jax.vmap(f)(x + moved)))
+        worst = jnp.max(jax.vmap(_kl, (None, 0))(target, _around(f, x, moved)))
         return easy + weight * jnp.where(accepted == draws, worst, 0.0)
 
     return objective
