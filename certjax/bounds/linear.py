@@ -21,24 +21,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from certjax.bounds import slopes
-from certjax.bounds.affine import MIXING, is_affine
-from certjax.bounds.interval import ibp, interval_step
-from certjax.bounds.relax import (
-    Relaxation,
-    bent_interval,
-    is_float,
-    operands,
-    relax,
+from certjax.bounds.forward import by_forward
+from certjax.bounds.interval import ibp
+from certjax.bounds.problem import (
+    MAX_BYTES,
+    Problem,
+    Refine,
+    Slope,
+    intersect,
+    intersect_trees,
+    mixings,
+    pose,
+    solve,
+    unflatten,
+    values_of,
 )
-from certjax.bounds.rewrite import prepare
+from certjax.bounds.relax import Relaxation, is_float, operands, relax
 from certjax.threat import Box, Linf, Threat
 from certjax.types import Array, Interval, PyTree
-from certjax.walk import Equation, Graph, Node, primitives as p, read
+from certjax.walk import Equation, Node, primitives as p, read
 
 
-Slope = Callable[[Interval], Array]
 Bound = Callable[[Threat, PyTree], Interval]
-MAX_BYTES = 2**30
 
 
 def crown(
@@ -80,80 +84,6 @@ def crown(
     return bound
 
 
-class Problem(NamedTuple):
-    """A rewritten graph over a threat set, and what is known of its nodes so far.
-
-    env: intervals of the nodes that depend on the input, values of the others.
-    relaxations: by position of the equation; filled as the intervals are found.
-    """
-
-    graph: Graph
-    threat: Threat
-    x: PyTree
-    env: dict[Any, Any]
-    relaxations: dict[int, Relaxation]
-    positions: dict[Node, int]
-    slope: Slope
-    max_bytes: int
-
-
-Refine = Callable[[Problem, Node], Interval | None]
-
-
-def pose(
-    f: Callable, threat: Threat, x: PyTree, *, slope: Slope, max_bytes: int
-) -> tuple[Problem, Any]:
-    """The problem before anything is known, and the tree of f's output."""
-    graph, tree = prepare(f, x)
-    box = threat.box(x)
-    inputs = map(Interval, jax.tree.leaves(box.lower), jax.tree.leaves(box.upper))
-    env = dict(zip(graph.inputs, inputs, strict=True))
-    positions = {
-        node: i for i, equation in enumerate(graph.equations) for node in equation.outputs
-    }
-    return Problem(graph, threat, x, env, {}, positions, slope, max_bytes), tree
-
-
-def solve(problem: Problem, refine: Refine) -> None:
-    """Find the interval of every node and the relaxation of every nonlinearity."""
-    for i, equation in enumerate(problem.graph.equations):
-        values = values_of(problem, equation)
-        if is_nonlinear(equation, values):
-            for node in {equation.inputs[j]: None for j in operands(values)}:
-                found = refine(problem, node)
-                if found is not None:
-                    problem.env[node] = intersect(problem.env[node], found)
-            values = values_of(problem, equation)
-            problem.relaxations[i] = relaxed(problem, equation, values)
-        outputs = interval_step(equation, values)
-        problem.env.update(zip(equation.outputs, outputs, strict=True))
-
-
-def values_of(problem: Problem, equation: Equation) -> list:
-    """What is known of an equation's operands."""
-    return [read(problem.env, atom) for atom in equation.inputs]
-
-
-def is_nonlinear(equation: Equation, values: list) -> bool:
-    """Does it need a relaxation?"""
-    bounded = [isinstance(v, Interval) for v in values]
-    floats = [is_float(v.lower) for v in values if isinstance(v, Interval)]
-    return any(bounded) and not (is_affine(equation, bounded) and all(floats))
-
-
-def relaxed(problem: Problem, equation: Equation, values: list) -> Relaxation | None:
-    """The relaxation an equation starts from; None where the result is not a float."""
-    if not is_float(equation.outputs[0].aval):
-        return None
-    return relax(equation, values, default_share(problem, equation, values))
-
-
-def default_share(problem: Problem, equation: Equation, values: list) -> Array | None:
-    """The share of a relu-like equation by the caller's slope; None: the family's."""
-    x = bent_interval(equation, values)
-    return None if x is None else problem.slope(x)
-
-
 # ------------------------------------------------------------------------ the way back
 
 
@@ -172,6 +102,8 @@ def pull_back(
     target: Node,
     rows: Array,
     shares: dict[int, Array] | None = None,
+    *,
+    affine_only: bool = False,
 ) -> Rows:
     """Linear functions of the input below `<rows, target>` and below `-<rows, target>`.
 
@@ -179,16 +111,20 @@ def pull_back(
       target: a node whose equation's past is solved.
       rows: [R, *target].
       shares: for optimised slopes, position of an equation -> [2R, *its output].
+      affine_only: stop at the results of nonlinear equations.
 
     Returns:
       2R rows in the input nodes: R below the rows, then R below their negatives.
     """
     state = Rows({target: rows}, jnp.zeros(rows.shape[0], rows.dtype))
-    mirrored = False
+    mirrored, settled = False, {}
     for i in range(problem.positions.get(target, -1), -1, -1):
         equation = problem.graph.equations[i]
         taken = [state.coefficients.pop(o, None) for o in equation.outputs]
         if all(c is None for c in taken):
+            continue
+        if affine_only and i in problem.relaxations:
+            settled.update(zip(equation.outputs, taken, strict=True))
             continue
         values = values_of(problem, equation)
         if i in problem.relaxations and not mirrored:
@@ -199,6 +135,7 @@ def pull_back(
         else:
             parts, constant = _pull_affine(equation, values, taken)
         state = _add(state, equation, parts, constant)
+    state.coefficients.update(settled)
     return state if mirrored else mirror(state)
 
 
@@ -375,40 +312,12 @@ def enclose_output(problem: Problem, atom: Any) -> Interval:
     return intersect(known, enclose(problem, atom))
 
 
-def intersect(known: Interval, found: Interval) -> Interval:
-    """The tighter of two sound bounds at each end; `known` where `found` is NaN.
-
-    Where rounding makes the two contradict each other, `known`.
-    """
-    lower = jnp.where(found.lower > known.lower, found.lower, known.lower)
-    upper = jnp.where(found.upper < known.upper, found.upper, known.upper)
-    agree = lower <= upper
-    return Interval(
-        jnp.where(agree, lower, known.lower), jnp.where(agree, upper, known.upper)
-    )
-
-
-def intersect_trees(known: Interval, found: Interval) -> Interval:
-    """`intersect`, leaf by leaf."""
-    leaves, tree = zip(*map(jax.tree.flatten, (*known, *found)), strict=True)
-    pairs = [
-        intersect(Interval(a, b), Interval(c, d))
-        for a, b, c, d in zip(*leaves, strict=True)
-    ]
-    return unflatten(tree[0], pairs)
-
-
-def unflatten(tree: Any, found: Sequence[Interval]) -> Interval:
-    """A list of intervals as an interval of two trees."""
-    return Interval(*(jax.tree.unflatten(tree, ends) for ends in zip(*found, strict=True)))
-
-
 # ------------------------------------------------------------- intervals of the operands
 
 
 def refinement(name: str) -> Refine:
     """The method that gives the intervals in front of the nonlinearities."""
-    methods = {"crown": by_crown, "ibp": by_ibp}
+    methods = {"crown": by_crown, "ibp": by_ibp, "forward": by_forward()}
     if name not in methods:
         raise ValueError(
             f"intermediate must be one of {sorted(methods)}, got {name!r}; "
@@ -420,7 +329,7 @@ def refinement(name: str) -> Refine:
 def by_crown(problem: Problem, node: Node) -> Interval | None:
     """The node's own linear bounds, unless its interval is exact already."""
     box_shaped = isinstance(problem.threat, Linf | Box)
-    if node not in problem.positions or (box_shaped and _mixings(problem, node) < 2):
+    if node not in problem.positions or (box_shaped and mixings(problem, node) < 2):
         return None
     return enclose(problem, node)
 
@@ -430,24 +339,15 @@ FOLD = 1024  # entries up to which the affine part behind an operand is folded
 
 def by_ibp(problem: Problem, node: Node) -> Interval | None:
     """Interval arithmetic, with the affine part since the last nonlinearity folded."""
-    del problem, node
-    return None
-
-
-def _mixings(problem: Problem, node: Node) -> int:
-    """How often entries were mixed between the input and a node; 2: twice or unclear.
-
-    Up to once, interval arithmetic on a box is exact.
-    """
-    if node not in problem.positions:
-        return 0
-    equation = problem.graph.equations[problem.positions[node]]
-    values = values_of(problem, equation)
-    bounded = [a for a in equation.inputs if a in problem.graph.depends]
-    if is_nonlinear(equation, values) or len(bounded) > 1:
-        return 2
-    before = _mixings(problem, bounded[0])
-    if equation.primitive in MIXING:
-        return before + 1
-    copies = np.prod(node.aval.shape) > np.prod(bounded[0].aval.shape)
-    return 2 if copies or equation.primitive is p.gather_p else before
+    size = int(np.prod(node.aval.shape))
+    if size > FOLD or mixings(problem, node, since_nonlinear=True) < 2:
+        return None
+    rows = jnp.eye(size, dtype=node.aval.dtype).reshape(size, *node.aval.shape)
+    state = pull_back(problem, node, rows, affine_only=True)
+    lower = state.constant
+    for cut, coefficients in state.coefficients.items():
+        centre, radius = (problem.env[cut].upper + sign * problem.env[cut].lower for sign in (1, -1))
+        lower = lower + _contract(coefficients, centre / 2)
+        lower = lower - _contract(jnp.abs(coefficients), radius / 2)
+    low, negated = jnp.split(lower, 2)
+    return _shaped(Interval(low, -negated), node.aval.shape)

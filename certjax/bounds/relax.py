@@ -513,12 +513,11 @@ def curved(*primitives: Any, inflections: Sequence[float], limit: float = 1e15) 
 
 
 curved(p.tanh_p, p.logistic_p, p.erf_p, p.atan_p, p.asinh_p, inflections=(0.0,))
-curved(p.cbrt_p, inflections=(0.0,), limit=1e9)
 curved(p.sinh_p, inflections=(0.0,), limit=BIG)
 curved(composite.elu, inflections=(0.0,), limit=1e9)
 # gelu = x Phi(x): phi(x) (2 - x^2) = 0; the others to 10 digits from f'' = 0
 curved(composite.gelu_erf, inflections=(-np.sqrt(2), np.sqrt(2)), limit=1e9)
-curved(composite.gelu_tanh, inflections=(-1.4338, 1.4338), limit=1e9)
+curved(composite.gelu_tanh, inflections=(-1.418504009, 1.418504009), limit=1e9)
 curved(composite.silu, inflections=(-2.3993572805, 2.3993572805), limit=1e9)
 
 

@@ -1,0 +1,65 @@
+"""Several bounds of one function at once, and the fused worst-case loss."""
+
+from collections.abc import Callable
+from functools import reduce
+
+import jax
+import jax.numpy as jnp
+
+from certjax.bounds.interval import ibp
+from certjax.bounds.linear import Bound, crown
+from certjax.bounds.problem import intersect_trees
+from certjax.specification import margins
+from certjax.threat import Threat
+from certjax.types import Array, Classifier, Interval, PyTree
+
+
+def best(*bounds: Bound) -> Bound:
+    """The intersection of several bounds of the same function.
+
+    Args:
+      bounds: e.g. `crown(f)`, `forward(f)`, `alpha_crown(f)`.
+
+    Returns:
+      `bound(threat, x) -> Interval`, at each end the tightest of them.
+    """
+    if not bounds:
+        raise ValueError("best needs at least one bound, got none; pass e.g. crown(f)")
+
+    def bound(threat: Threat, x: PyTree) -> Interval:
+        return reduce(intersect_trees, (each(threat, x) for each in bounds))
+
+    return bound
+
+
+def fused_cross_entropy(
+    f: Classifier, label: Array, intermediate: str = "ibp"
+) -> Callable[[Threat, Array], Array]:
+    """An upper bound of the cross-entropy over a threat set, by ONE linear row.
+
+    `log(1 + sum_k e^(z_k - z_label))` is bounded as a whole: the exponential by its
+    chord on the margins, the sum by one backward pass instead of one for each class.
+
+    Args:
+      f: classifier of one example.
+      label: [] integer.
+      intermediate: as in `crown`; "ibp" is the loss of CROWN-IBP training.
+
+    Returns:
+      `loss(threat, x) -> []`, differentiable in whatever f closes over.
+
+    Source: Xu et al. 2020, arXiv:2002.12920, section 3.3 (loss fusion).
+    """
+
+    def loss(threat: Threat, x: Array) -> Array:
+        rows = lambda z: margins(f(z), label)
+        worst = -ibp(rows)(threat, x).lower
+        # the greatest exponent, so that nothing overflows
+        shift = jax.lax.stop_gradient(jnp.maximum(jnp.max(worst), 0.0))
+
+        def total(z: Array) -> Array:
+            return jnp.exp(-shift) + jnp.sum(jnp.exp(-rows(z) - shift))
+
+        return shift + jnp.log(crown(total, intermediate)(threat, x).upper)
+
+    return loss

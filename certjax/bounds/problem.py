@@ -1,0 +1,157 @@
+"""A bounding problem: a rewritten graph over a threat set, and what is known of it.
+
+`solve` walks the equations in order. In front of each nonlinear one it asks a method
+for the intervals of the operands, intersects them with interval arithmetic, and keeps
+the relaxation that they give. The methods differ in nothing else.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from certjax.bounds.affine import MIXING, is_affine
+from certjax.bounds.interval import interval_step
+from certjax.bounds.relax import (
+    Relaxation,
+    bent_interval,
+    is_float,
+    operands,
+    relax,
+)
+from certjax.bounds.rewrite import prepare
+from certjax.threat import Threat
+from certjax.types import Array, Interval, PyTree
+from certjax.walk import Equation, Graph, Node, primitives as p, read
+
+
+Slope = Callable[[Interval], Array]
+MAX_BYTES = 2**30
+
+
+class Problem(NamedTuple):
+    """A rewritten graph over a threat set, and what is known of its nodes so far.
+
+    env: intervals of the nodes that depend on the input, values of the others.
+    relaxations: by position of the equation; filled as the intervals are found.
+    """
+
+    graph: Graph
+    threat: Threat
+    x: PyTree
+    env: dict[Any, Any]
+    relaxations: dict[int, Relaxation]
+    positions: dict[Node, int]
+    slope: Slope
+    max_bytes: int
+
+
+Refine = Callable[[Problem, Node], Interval | None]
+
+
+def pose(
+    f: Callable, threat: Threat, x: PyTree, *, slope: Slope, max_bytes: int
+) -> tuple[Problem, Any]:
+    """The problem before anything is known, and the tree of f's output."""
+    graph, tree = prepare(f, x)
+    box = threat.box(x)
+    inputs = map(Interval, jax.tree.leaves(box.lower), jax.tree.leaves(box.upper))
+    env = dict(zip(graph.inputs, inputs, strict=True))
+    positions = {
+        node: i for i, equation in enumerate(graph.equations) for node in equation.outputs
+    }
+    return Problem(graph, threat, x, env, {}, positions, slope, max_bytes), tree
+
+
+def solve(problem: Problem, refine: Refine) -> None:
+    """Find the interval of every node and the relaxation of every nonlinearity."""
+    for i, equation in enumerate(problem.graph.equations):
+        values = values_of(problem, equation)
+        if is_nonlinear(equation, values):
+            for node in {equation.inputs[j]: None for j in operands(values)}:
+                found = refine(problem, node)
+                if found is not None:
+                    problem.env[node] = intersect(problem.env[node], found)
+            values = values_of(problem, equation)
+            problem.relaxations[i] = relaxed(problem, equation, values)
+        outputs = interval_step(equation, values)
+        problem.env.update(zip(equation.outputs, outputs, strict=True))
+
+
+def values_of(problem: Problem, equation: Equation) -> list:
+    """What is known of an equation's operands."""
+    return [read(problem.env, atom) for atom in equation.inputs]
+
+
+def is_nonlinear(equation: Equation, values: list) -> bool:
+    """Does it need a relaxation?"""
+    bounded = [isinstance(v, Interval) for v in values]
+    floats = [is_float(v.lower) for v in values if isinstance(v, Interval)]
+    return any(bounded) and not (is_affine(equation, bounded) and all(floats))
+
+
+def relaxed(problem: Problem, equation: Equation, values: list) -> Relaxation | None:
+    """The relaxation an equation starts from; None where the result is not a float."""
+    if not is_float(equation.outputs[0].aval):
+        return None
+    return relax(equation, values, default_share(problem, equation, values))
+
+
+def default_share(problem: Problem, equation: Equation, values: list) -> Array | None:
+    """The share of a relu-like equation by the caller's slope; None: the family's."""
+    x = bent_interval(equation, values)
+    return None if x is None else problem.slope(x)
+
+
+def mixings(problem: Problem, node: Node, *, since_nonlinear: bool = False) -> int:
+    """How often entries were mixed between the input and a node; 2: twice or unclear.
+
+    Up to once, interval arithmetic on a box is exact. since_nonlinear: count from the
+    last nonlinear equation on.
+    """
+    if node not in problem.positions:
+        return 0
+    equation = problem.graph.equations[problem.positions[node]]
+    bounded = [a for a in equation.inputs if a in problem.graph.depends]
+    if is_nonlinear(equation, values_of(problem, equation)):
+        return 0 if since_nonlinear else 2
+    if len(bounded) > 1:
+        return 2
+    before = mixings(problem, bounded[0], since_nonlinear=since_nonlinear)
+    if equation.primitive in MIXING:
+        return before + 1
+    copies = np.prod(node.aval.shape) > np.prod(bounded[0].aval.shape)
+    return 2 if copies or equation.primitive is p.gather_p else before
+
+
+# --------------------------------------------------------------------- combining bounds
+
+
+def intersect(known: Interval, found: Interval) -> Interval:
+    """The tighter of two sound bounds at each end; `known` where `found` is NaN.
+
+    Where rounding makes the two contradict each other, `known`.
+    """
+    lower = jnp.where(found.lower > known.lower, found.lower, known.lower)
+    upper = jnp.where(found.upper < known.upper, found.upper, known.upper)
+    agree = lower <= upper
+    return Interval(
+        jnp.where(agree, lower, known.lower), jnp.where(agree, upper, known.upper)
+    )
+
+
+def intersect_trees(known: Interval, found: Interval) -> Interval:
+    """`intersect`, leaf by leaf."""
+    leaves, tree = zip(*map(jax.tree.flatten, (*known, *found)), strict=True)
+    pairs = [
+        intersect(Interval(a, b), Interval(c, d))
+        for a, b, c, d in zip(*leaves, strict=True)
+    ]
+    return unflatten(tree[0], pairs)
+
+
+def unflatten(tree: Any, found: Sequence[Interval]) -> Interval:
+    """A list of intervals as an interval of two trees."""
+    return Interval(*(jax.tree.unflatten(tree, ends) for ends in zip(*found, strict=True)))
