@@ -213,6 +213,8 @@ def _described(plan: Plan) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if plan.certifier is not None:
         found |= {"certifier": label_of(plan.certifier), "test_eps": plan.test_eps}
+        # which arithmetic the bounds hold in: of real numbers, or of the program
+        found["arithmetic"] = "float32" if plan.certifier.get("sound") else "real"
     if plan.attack is not None:
         threat = threat_of(plan.threat, plan.attack_eps)
         adversary = ThreatModel(

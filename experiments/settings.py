@@ -182,11 +182,15 @@ def name_of(node: Node) -> str:
 
 
 def label_of(node: Node) -> str:
-    """A method's name for tables: PGD-40, PGD-40x5, IBP."""
-    name = name_of(node).upper().replace("_", "-")
+    """A method's name for tables: PGD-40, PGD-40x5, IBP, CROWN-IBP, IBP in float32."""
+    name = str(node["_target_"]).rpartition(".")[2].upper().replace("_", "-")
     steps, restarts = node.get("steps"), node.get("restarts", 1)
-    text = name if steps is None else f"{name}-{steps}"
-    return text if restarts == 1 else f"{text}x{restarts}"
+    parts = [name, node.get("version"), steps]
+    if node.get("intermediate", "crown") != "crown":
+        parts.append(str(node["intermediate"]).upper())
+    text = "-".join(str(part) for part in parts if part is not None)
+    text = text if restarts == 1 else f"{text}x{restarts}"
+    return f"{text} in float32" if node.get("sound") else text
 
 
 @dataclass(frozen=True)
