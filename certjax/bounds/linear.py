@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from certjax.bounds import slopes
+from certjax.bounds import patches, slopes
 from certjax.bounds.forward import by_forward
 from certjax.bounds.interval import ibp
+from certjax.bounds.patches import Patches, Window
 from certjax.bounds.problem import (
     MAX_BYTES,
     Problem,
@@ -116,27 +117,90 @@ def pull_back(
     Returns:
       2R rows in the input nodes: R below the rows, then R below their negatives.
     """
-    state = Rows({target: rows}, jnp.zeros(rows.shape[0], rows.dtype))
+    start = Rows({target: rows}, jnp.zeros(rows.shape[0], rows.dtype))
+    return _walk_back(problem, target, start, shares or {}, affine_only=affine_only)
+
+
+def _walk_back(
+    problem: Problem,
+    target: Node,
+    state: Rows,
+    shares: dict[int, Array],
+    *,
+    affine_only: bool = False,
+) -> Rows:
     mirrored, settled = False, {}
     for i in range(problem.positions.get(target, -1), -1, -1):
         equation = problem.graph.equations[i]
-        taken = [state.coefficients.pop(o, None) for o in equation.outputs]
-        if all(c is None for c in taken):
+        if not any(o in state.coefficients for o in equation.outputs):
             continue
         if affine_only and i in problem.relaxations:
-            settled.update(zip(equation.outputs, taken, strict=True))
+            settled.update(_take(state, equation))
             continue
-        values = values_of(problem, equation)
         if i in problem.relaxations and not mirrored:
-            state, taken, mirrored = mirror(state), list(map(_both_signs, taken)), True
-        if i in problem.relaxations:
-            share = None if shares is None else shares.get(i)
-            parts, constant = _pull_relaxed(problem, i, values, taken[0], share)
-        else:
-            parts, constant = _pull_affine(equation, values, taken)
-        state = _add(state, equation, parts, constant)
+            state, mirrored = mirror(state), True
+        state = _step(problem, i, state, shares.get(i))
     state.coefficients.update(settled)
     return state if mirrored else mirror(state)
+
+
+def _take(state: Rows, equation: Equation) -> dict[Node, Any]:
+    """Remove and return the coefficients of an equation's results."""
+    found = {o: state.coefficients.pop(o, None) for o in equation.outputs}
+    return {o: c for o, c in found.items() if c is not None}
+
+
+def _step(problem: Problem, i: int, state: Rows, share: Array | None) -> Rows:
+    """The rows with the results of equation i replaced by its operands."""
+    equation = problem.graph.equations[i]
+    values = values_of(problem, equation)
+    taken = _take(state, equation)
+    local = _pull_local(problem, i, values, taken)
+    if local is None:
+        state.coefficients.update(taken)
+        state = spread(state)
+        dense = [state.coefficients.pop(o, None) for o in equation.outputs]
+        if i in problem.relaxations:
+            parts, constant = _pull_relaxed(problem, i, values, dense[0], share)
+        else:
+            parts, constant = _pull_affine(equation, values, dense)
+    else:
+        parts, constant = local
+    state = _add(state, equation, parts, constant)
+    return spread(state) if _too_wide(state) else state
+
+
+def _pull_local(
+    problem: Problem, i: int, values: list, taken: dict[Node, Any]
+) -> tuple[dict[int, Any], Array] | None:
+    """The step in patches, where there is one."""
+    first = next(iter(taken.values()))
+    if not isinstance(first, Patches):
+        return None
+    if i in problem.relaxations:
+        relaxation = problem.relaxations[i]
+        assert relaxation is not None
+        return patches.pull_relaxed(relaxation, values, first)
+    return patches.pull_affine(problem.graph.equations[i], values, first)
+
+
+def _too_wide(state: Rows) -> bool:
+    found = state.coefficients.values()
+    return any(isinstance(c, Patches) and c.window.covers() for c in found)
+
+
+def spread(state: Rows) -> Rows:
+    """The rows with every patch written out as an image."""
+    local = [c for c in state.coefficients.values() if isinstance(c, Patches)]
+    constant = state.constant
+    if constant.ndim > 1:
+        grid = local[0].window.grid if local else constant.shape[1:]
+        constant = jnp.broadcast_to(constant, (constant.shape[0], *grid)).ravel()
+    return Rows({n: _dense(c) for n, c in state.coefficients.items()}, constant)
+
+
+def _dense(c: Any) -> Array | None:
+    return patches.densify(c) if isinstance(c, Patches) else c
 
 
 def mirror(state: Rows) -> Rows:
@@ -145,17 +209,30 @@ def mirror(state: Rows) -> Rows:
     return Rows(coefficients, _both_signs(state.constant))
 
 
-def _both_signs(c: Array | None) -> Array | None:
-    return None if c is None else jnp.concatenate([c, -c])
+def _both_signs(c: Any) -> Any:
+    if isinstance(c, Patches):
+        return c._replace(values=_both_signs(c.values))
+    return jnp.concatenate([c, -c])
 
 
-def _add(state: Rows, equation: Equation, parts: dict[int, Array], more: Array) -> Rows:
-    coefficients = state.coefficients
+def _add(state: Rows, equation: Equation, parts: dict[int, Any], more: Array) -> Rows:
+    state = state._replace(constant=state.constant + more)
     for i, part in parts.items():
         node = equation.inputs[i]
-        known = coefficients.get(node)
-        coefficients[node] = part if known is None else known + part
-    return Rows(coefficients, state.constant + more)
+        known = state.coefficients.get(node)
+        total = part if known is None else _sum(known, part)
+        if total is None:
+            state = spread(state)
+            total = state.coefficients[node] + _dense(part)
+        state.coefficients[node] = total
+    return state
+
+
+def _sum(known: Any, part: Any) -> Any:
+    both = isinstance(known, Patches) and isinstance(part, Patches)
+    if both:
+        return patches.add(known, part)
+    return _dense(known) + _dense(part)
 
 
 def _contract(rows: Array, value: Array) -> Array:
@@ -239,6 +316,10 @@ def _through(
 
 def close(problem: Problem, rows: Rows) -> Array:
     """[R] lower bounds of the rows over the threat set."""
+    if any(isinstance(c, Patches) for c in rows.coefficients.values()):
+        if len(rows.coefficients) == len(problem.graph.inputs) == 1:
+            return _close_patches(problem, rows)
+        rows = spread(rows)
     leaves, tree = jax.tree.flatten(problem.x)
     count = rows.constant.shape[0]
     filled = [
@@ -252,6 +333,24 @@ def close(problem: Problem, rows: Rows) -> Array:
     return jax.vmap(one)(*filled) + rows.constant
 
 
+def _close_patches(problem: Problem, rows: Rows) -> Array:
+    """[R, *grid]: each window's part of the set, closed by its own coefficients."""
+    (found,) = rows.coefficients.values()
+    known = (problem.threat, jax.tree.leaves(problem.x)[0])
+    known, axes = patches.cropped(known, found.window.shape, found.window)
+    grid = len(found.window.grid)
+
+    def one(known: tuple, coefficients: Array) -> Array:
+        threat, x = known
+        return threat.minimum(x, coefficients)
+
+    for _ in range(grid):
+        one = jax.vmap(one, (axes, 0))
+    shape = (rows.constant.shape[0], *found.window.grid)
+    values = jnp.broadcast_to(found.values, (*shape, *found.window.patch))
+    return jax.vmap(one, (None, 0))(known, values) + rows.constant
+
+
 def bounds_of_rows(
     problem: Problem, node: Node, rows: Array, shares: dict | None = None
 ) -> Interval:
@@ -263,21 +362,62 @@ def bounds_of_rows(
 
 def enclose(problem: Problem, node: Node) -> Interval:
     """Bounds of every entry of a node, in chunks of rows that fit the budget."""
+    window = patches.identity(problem, node)
+    if window is not None:
+        return _enclose_channels(problem, node, window)
     shape, dtype = node.aval.shape, node.aval.dtype
     size = int(np.prod(shape))
-    chunk = min(size, _rows_that_fit(problem, node))
-    if chunk == size:
-        rows = jnp.eye(size, dtype=dtype).reshape(size, *shape)
-        return _shaped(bounds_of_rows(problem, node, rows), shape)
 
     def some(index: Array) -> Interval:
-        rows = jax.nn.one_hot(index, size, dtype=dtype).reshape(chunk, *shape)
+        rows = jax.nn.one_hot(index, size, dtype=dtype).reshape(-1, *shape)
         return bounds_of_rows(problem, node, rows)
 
+    found = _in_chunks(some, size, _rows_that_fit(problem, node))
+    return _shaped(found, shape)
+
+
+def _in_chunks(some: Callable[[Array], Interval], size: int, fit: int) -> Interval:
+    """`some(arange(size))`, at most `fit` indices at a time."""
+    chunk = min(size, fit)
+    if chunk == size:
+        return some(jnp.arange(size))
     count = -(-size // chunk)
+    chunk = -(-size // count)
     index = jnp.minimum(jnp.arange(count * chunk), size - 1).reshape(count, chunk)
     found = jax.lax.map(some, index)
-    return _shaped(Interval(*(v.ravel()[:size] for v in found)), shape)
+    return Interval(*(v.reshape(-1, *v.shape[2:])[:size] for v in found))
+
+
+def _enclose_channels(problem: Problem, node: Node, window: Window) -> Interval:
+    """The entries of a convolution's result: its channels, at all positions at once."""
+    ones = (1,) * len(window.grid)
+    rest = [n for i, n in enumerate(window.shape) if i not in window.space]
+    channels, dtype = int(np.prod(rest)), node.aval.dtype
+
+    def some(index: Array) -> Interval:
+        rows = jax.nn.one_hot(index, channels, dtype=dtype)
+        rows = Patches(rows.reshape(-1, *ones, *window.patch), window)
+        start = Rows({node: rows}, jnp.zeros((index.size, *ones), dtype))
+        found = close(problem, _walk_back(problem, node, start, {}))
+        lower, negated = jnp.split(found.reshape(2 * index.size, *window.grid), 2)
+        return Interval(lower, -negated)
+
+    found = _in_chunks(some, channels, _channels_that_fit(problem, some))
+    axes = range(len(rest), len(window.shape))
+
+    def placed(v: Array) -> Array:
+        v = v.reshape(*rest, *window.grid)
+        return jnp.moveaxis(v, tuple(axes), window.space)
+
+    return Interval(*map(placed, found))
+
+
+def _channels_that_fit(problem: Problem, some: Callable[[Array], Interval]) -> int:
+    """About six copies of the widest patches, both signs, live at once."""
+    widest: list[int] = []
+    with patches.recording(widest):
+        jax.eval_shape(some, jnp.zeros(1, int))
+    return _fit(problem, 3 * max(widest, default=1))
 
 
 def _shaped(found: Interval, shape: Sequence[int]) -> Interval:
@@ -293,7 +433,10 @@ def _rows_that_fit(problem: Problem, node: Node) -> int:
         for v in (*problem.graph.inputs, *past)
         if v in problem.graph.depends
     ]
-    bytes_per_row = 6 * max(sizes)
+    return _fit(problem, 6 * max(sizes))
+
+
+def _fit(problem: Problem, bytes_per_row: int) -> int:
     if bytes_per_row > problem.max_bytes:
         raise ValueError(
             f"one row of linear coefficients needs {bytes_per_row} bytes, got "

@@ -1,0 +1,376 @@
+"""Coefficients of the entries of a convolution's result: patches instead of images.
+
+Entry (c, y, x) of a convolutional layer depends on a window of each earlier layer. Its
+coefficients are kept on that window alone: [R, Y, X, *window] instead of one image per
+entry. Every step is local as well: a convolution widens the window, an elementwise
+function multiplies it by the slopes under it.
+
+Coefficients outside the image (where a window hangs over the padding) are kept at 0.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from certjax.bounds.problem import Problem, is_nonlinear, values_of
+from certjax.bounds.relax import Relaxation, operands
+from certjax.loops import loopable
+from certjax.types import Array
+from certjax.walk import Equation, Node, primitives as p
+
+
+_recorders: list[list[int]] = []
+
+
+@contextmanager
+def recording(sizes: list[int]) -> Iterator[None]:
+    """Collect the bytes of every array of patches that is made meanwhile."""
+    _recorders.append(sizes)
+    try:
+        yield
+    finally:
+        _recorders.pop()
+
+
+class Window(NamedTuple):
+    """Where the patch of position (y, x) lies on a node: static numbers.
+
+    It begins at `y * stride - start` along each of the node's axes `space`.
+    """
+
+    shape: tuple[int, ...]
+    space: tuple[int, ...]
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: tuple[int, ...]
+    grid: tuple[int, ...]
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """The node's shape with the window's size along space."""
+        shape = list(self.shape)
+        for axis, size in zip(self.space, self.size, strict=True):
+            shape[axis] = size
+        return tuple(shape)
+
+    def indices(self) -> list[np.ndarray]:
+        """For each axis [positions, size]: the entries under the window, unclipped."""
+        return [
+            (np.arange(n) * stride - start)[:, None] + np.arange(size)[None]
+            for n, size, stride, start in zip(
+                self.grid, self.size, self.stride, self.start, strict=True
+            )
+        ]
+
+    def hangs_over(self) -> bool:
+        """Does some window leave the image?"""
+        return any(
+            index.min() < 0 or index.max() >= self.shape[axis]
+            for index, axis in zip(self.indices(), self.space, strict=True)
+        )
+
+    def covers(self) -> bool:
+        """Is the window no smaller than the image?"""
+        whole = [self.shape[axis] for axis in self.space]
+        return np.prod(self.size) >= np.prod(whole)
+
+
+class Patches(NamedTuple):
+    """values: [R, *grid or 1s, *window.patch]."""
+
+    values: Array
+    window: Window
+
+
+def unfold(value: Array, window: Window) -> Array:
+    """[*grid, *patch]: what lies under each window; entries outside are arbitrary."""
+    value = jnp.broadcast_to(value, window.shape)
+    for i, (index, axis) in enumerate(zip(window.indices(), window.space, strict=True)):
+        index = np.clip(index, 0, window.shape[axis] - 1)
+        value = jnp.take(value, index.ravel(), axis=axis + i)
+        shape = value.shape
+        value = value.reshape(*shape[: axis + i], *index.shape, *shape[axis + i + 1 :])
+        value = jnp.moveaxis(value, axis + i, i)
+    return value
+
+
+def _inside(window: Window) -> np.ndarray:
+    """[*grid, *patch with 1 off space] bool: is the entry inside the image?"""
+    count, rank = len(window.grid), len(window.shape)
+    inside = np.ones((1,) * (count + rank), bool)
+    for i, (index, axis) in enumerate(zip(window.indices(), window.space, strict=True)):
+        good = (index >= 0) & (index < window.shape[axis])
+        shape = [1] * (count + rank)
+        shape[i], shape[count + axis] = index.shape
+        inside = inside & good.reshape(shape)
+    return inside
+
+
+def identity(problem: Problem, node: Node) -> Window | None:
+    """The 1 x 1 window of a convolution's result; None where there is no such thing."""
+    space = _space(problem, node)
+    shape = node.aval.shape
+    if space is None or any(shape[axis] < 2 for axis in space):
+        return None
+    ones = (1,) * len(space)
+    grid = tuple(shape[axis] for axis in space)
+    return Window(shape, space, ones, ones, (0,) * len(space), grid)
+
+
+def _space(problem: Problem, node: Node) -> tuple[int, ...] | None:
+    """The image axes of a node, if a convolution made it, up to elementwise steps."""
+    if node not in problem.positions:
+        return None
+    equation = problem.graph.equations[problem.positions[node]]
+    if equation.primitive is p.conv_general_dilated_p:
+        return tuple(equation.params["dimension_numbers"].out_spec[2:])
+    before = [a for a in equation.inputs if a in problem.graph.depends]
+    if equation.primitive in RESHAPES:
+        space = _space(problem, before[0])
+        return None if space is None else _moved(before[0].aval.shape, node.aval.shape, space)
+    same = [a for a in before if a.aval.shape == node.aval.shape]
+    if is_nonlinear(equation, values_of(problem, equation)) or not same:
+        return None
+    return _space(problem, same[0]) if equation.primitive in POINTWISE else None
+
+
+def _moved(
+    shape: Sequence[int], target: Sequence[int], space: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """Axes of `shape` in `target`, which differs by axes of size 1 alone."""
+    here = [i for i, n in enumerate(shape) if n > 1]
+    there = [i for i, n in enumerate(target) if n > 1]
+    if [shape[i] for i in here] != [target[i] for i in there]:
+        return None
+    if any(axis not in here for axis in space):
+        return None
+    return tuple(there[here.index(axis)] for axis in space)
+
+
+# --------------------------------------------------------------------------- pulling back
+
+RESHAPES = {p.reshape_p, p.squeeze_p, p.broadcast_in_dim_p}
+POINTWISE = {
+    p.add_p,
+    p.sub_p,
+    p.neg_p,
+    p.mul_p,
+    p.div_p,
+    p.copy_p,
+    p.stop_gradient_p,
+}
+Pulled = tuple[dict[int, Patches], Array] | None
+
+
+def pull_affine(equation: Equation, values: list, patches: Patches) -> Pulled:
+    """Patches of the operands and the constant [R, *grid]; None: no local rule."""
+    chosen = operands(values)
+    if equation.primitive in RESHAPES and len(chosen) == 1:
+        return _pull_reshape(values, chosen[0], patches)
+    if equation.primitive is p.conv_general_dilated_p and chosen == [0]:
+        return _pull_convolution(equation, values, patches)
+    if equation.primitive in POINTWISE:
+        return _pull_pointwise(equation, values, chosen, patches)
+    return None
+
+
+def _nothing(patches: Patches) -> Array:
+    """The constant 0, of shape [R, 1, ...]."""
+    grid = len(patches.window.grid)
+    return jnp.zeros((patches.values.shape[0], *[1] * grid), patches.values.dtype)
+
+
+def _pull_reshape(values: list, i: int, patches: Patches) -> Pulled:
+    window, shape = patches.window, values[i].lower.shape
+    space = _moved(window.shape, shape, window.space)
+    if space is None:
+        return None
+    window = window._replace(shape=tuple(shape), space=space)
+    lead = patches.values.shape[: 1 + len(window.grid)]
+    moved = Patches(patches.values.reshape(*lead, *window.patch), window)
+    return {i: moved}, _nothing(patches)
+
+
+def _pull_pointwise(
+    equation: Equation, values: list, chosen: list[int], patches: Patches
+) -> Pulled:
+    window = patches.window
+    if any(values[i].lower.shape != window.shape for i in chosen):
+        return None
+    parts = {
+        i: patches._replace(values=_scaled(equation, values, i, patches)) for i in chosen
+    }
+    if len(chosen) > 1 or equation.primitive not in (p.add_p, p.sub_p):
+        return parts, _nothing(patches)
+    (i,) = chosen
+    sign = -1.0 if equation.primitive is p.sub_p and i == 0 else 1.0
+    return parts, weigh(patches, sign * values[1 - i])
+
+
+def _scaled(equation: Equation, values: list, i: int, patches: Patches) -> Array:
+    """The coefficients of operand i of a pointwise affine equation."""
+    flips = equation.primitive is p.neg_p or (equation.primitive is p.sub_p and i == 1)
+    if flips:
+        return -patches.values
+    if equation.primitive is p.mul_p:
+        return patches.values * unfold(values[1 - i], patches.window)[None]
+    if equation.primitive is p.div_p:
+        return patches.values / unfold(values[1], patches.window)[None]
+    return patches.values
+
+
+def weigh(patches: Patches, value: Array) -> Array:
+    """[R, *grid]: `<patch, value under it>`."""
+    under = unfold(value, patches.window)[None]
+    axes = range(1 + len(patches.window.grid), patches.values.ndim)
+    return jnp.sum(patches.values * under, axis=tuple(axes))
+
+
+WASTE = 9.0  # a matrix product may do this many times a convolution's arithmetic
+
+
+def _pull_convolution(equation: Equation, values: list, patches: Patches) -> Pulled:
+    params, (x, kernel) = equation.params, values
+    numbers = params["dimension_numbers"]
+    shape = x.lower.shape
+    plain = all(d == 1 for d in params["lhs_dilation"]) and shape[numbers.lhs_spec[0]] == 1
+    if not plain or params["batch_group_count"] != 1:
+        return None
+    window = _widened(patches.window, params, shape, kernel.shape)
+
+    def apply(v: Array) -> Array:
+        return lax.conv_general_dilated(
+            v,
+            kernel,
+            params["window_strides"],
+            [(0, 0)] * len(window.size),
+            rhs_dilation=params["rhs_dilation"],
+            dimension_numbers=numbers,
+            feature_group_count=params["feature_group_count"],
+            precision=params["precision"],
+            preferred_element_type=params["preferred_element_type"],
+        )
+
+    lead = patches.values.shape[: 1 + len(window.grid)]
+    rows = patches.values.reshape(-1, *patches.window.patch)
+    taps = [kernel.shape[axis] for axis in numbers.rhs_spec[2:]]
+    dense = np.prod(window.size) / np.prod(taps) <= WASTE
+    pulled = _transposed(apply, window.patch, rows, dense=bool(dense))
+    pulled = pulled.reshape(*lead, *window.patch)
+    for sizes in _recorders:
+        sizes.append(int(np.prod(pulled.shape)) * pulled.dtype.itemsize)
+    if window.hangs_over():
+        pulled = jnp.where(_inside(window)[None], pulled, 0.0)
+    return {0: Patches(pulled, window)}, _nothing(patches)
+
+
+def _transposed(
+    apply: Callable, shape: tuple[int, ...], rows: Array, *, dense: bool
+) -> Array:
+    """[N, *shape]: every row through the transpose of a linear function."""
+    zero = jnp.zeros(shape, rows.dtype)
+    if not dense:
+        return jax.vmap(lambda row: jax.vjp(loopable(apply, zero), zero)[1](row)[0])(rows)
+    size = int(np.prod(rows.shape[1:]))
+    eye = jnp.eye(size, dtype=rows.dtype).reshape(size, *rows.shape[1:])
+    matrix = jax.vmap(lambda row: jax.vjp(apply, zero)[1](row)[0])(eye)
+    product = jnp.matmul(rows.reshape(-1, size), matrix.reshape(size, -1))
+    return product.reshape(-1, *shape)
+
+
+def _widened(
+    window: Window, params: dict, shape: tuple[int, ...], kernel: tuple[int, ...]
+) -> Window:
+    """The window on a convolution's operand under a window on its result."""
+    numbers = params["dimension_numbers"]
+    reach = [
+        (kernel[axis] - 1) * d + 1
+        for axis, d in zip(numbers.rhs_spec[2:], params["rhs_dilation"], strict=True)
+    ]
+    steps, pads = params["window_strides"], [low for low, _ in params["padding"]]
+    # the result's axes may be listed in another order than the window's
+    order = [numbers.out_spec[2:].index(axis) for axis in window.space]
+    pick = lambda v: [v[k] for k in order]
+    reach, steps, pads = pick(reach), pick(steps), pick(pads)
+    return window._replace(
+        shape=tuple(shape),
+        space=tuple(pick(numbers.lhs_spec[2:])),
+        size=tuple((n - 1) * s + r for n, s, r in zip(window.size, steps, reach, strict=True)),
+        stride=tuple(a * s for a, s in zip(window.stride, steps, strict=True)),
+        start=tuple(a * s + b for a, s, b in zip(window.start, steps, pads, strict=True)),
+    )
+
+
+def pull_relaxed(relaxation: Relaxation, values: list, patches: Patches) -> Pulled:
+    """Patches through elementwise lines, by the sign of each coefficient."""
+    chosen, window = operands(values), patches.window
+    elementwise = all(side.slopes is not None for side in relaxation)
+    if not elementwise or any(values[i].lower.shape != window.shape for i in chosen):
+        return None
+    signs = (jnp.maximum(patches.values, 0.0), jnp.minimum(patches.values, 0.0))
+    parts = {}
+    for k, i in enumerate(chosen):
+        under = [unfold(side.slopes[k], window)[None] for side in relaxation]
+        terms = [part * slope for part, slope in zip(signs, under, strict=True)]
+        parts[i] = Patches(terms[0] + terms[1], window)
+    offsets = [unfold(side.offset, window)[None] for side in relaxation]
+    axes = tuple(range(1 + len(window.grid), patches.values.ndim))
+    total = sum(part * offset for part, offset in zip(signs, offsets, strict=True))
+    return parts, jnp.sum(total, axis=axes)
+
+
+def add(a: Patches | None, b: Patches) -> Patches | None:
+    """The sum of two windows' coefficients on one node; None: they do not line up."""
+    if a is None:
+        return b
+    if a.window.stride != b.window.stride or a.window.space != b.window.space:
+        return None
+    starts = [max(s, t) for s, t in zip(a.window.start, b.window.start, strict=True)]
+    ends = [
+        max(n - s, m - t)
+        for n, s, m, t in zip(
+            a.window.size, a.window.start, b.window.size, b.window.start, strict=True
+        )
+    ]
+    sizes = tuple(s + e for s, e in zip(starts, ends, strict=True))
+    window = a.window._replace(size=sizes, start=tuple(starts))
+    return Patches(_grown(a, window) + _grown(b, window), window)
+
+
+def _grown(patches: Patches, window: Window) -> Array:
+    lead = patches.values.ndim - len(window.shape)
+    pads = [(0, 0)] * patches.values.ndim
+    for k, axis in enumerate(window.space):
+        before = window.start[k] - patches.window.start[k]
+        pads[lead + axis] = (before, window.size[k] - patches.window.size[k] - before)
+    return jnp.pad(patches.values, pads)
+
+
+def densify(patches: Patches) -> Array:
+    """[R * positions, *node]: one image per row."""
+    window, values = patches.window, patches.values
+    count, grid = values.shape[0], window.grid
+    values = jnp.broadcast_to(values, (count, *grid, *values.shape[1 + len(grid) :]))
+    for i, (index, axis) in enumerate(zip(window.indices(), window.space, strict=True)):
+        place = (index[..., None] == np.arange(window.shape[axis])).astype(values.dtype)
+        here = 1 + len(grid) + axis
+        moved = jnp.moveaxis(jnp.moveaxis(values, here, -1), 1 + i, 0)
+        shape = moved.shape
+        flat = moved.reshape(shape[0], -1, shape[-1])
+        placed = jnp.einsum("nap,nph->nah", flat, place, precision=lax.Precision.HIGHEST)
+        placed = placed.reshape(*shape[:-1], -1)
+        values = jnp.moveaxis(jnp.moveaxis(placed, 0, 1 + i), -1, here)
+    return values.reshape(-1, *window.shape)
+
+
+def cropped(tree: Any, like: tuple[int, ...], window: Window) -> tuple[Any, Any]:
+    """Arrays of the node's shape unfolded, the rest as it is; and the vmap axes."""
+    whole = lambda leaf: jnp.shape(leaf) == like
+    values = jax.tree.map(lambda v: unfold(v, window) if whole(v) else v, tree)
+    axes = jax.tree.map(lambda v: 0 if whole(v) else None, tree)
+    return values, axes
