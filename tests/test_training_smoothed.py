@@ -150,7 +150,7 @@ def test_consistency_by_hand():
 
 
 def test_macer_by_hand():
-    """Where the example is right, the hinge; where it is wrong, the first term alone."""
+    """The hinge where the example is right; where it is wrong, the first term alone."""
     noises = drawn(KEY, 4)
     logits = np.asarray(jax.vmap(f)(X[None] + noises), np.float64)
     mean = special.softmax(logits, axis=1).mean(0)

@@ -35,7 +35,7 @@ def _around(f: Classifier, x: Array, noises: Array) -> Array:
 
 
 def _frozen(f: Classifier, x: Array) -> Classifier:
-    """`f` for the gradient loop of an attack: cheap in a loop, weights held constant."""
+    """`f` for an attack: cheap in a loop of gradients, weights held constant."""
     return loopable(detached(f, x), x)
 
 
@@ -91,9 +91,9 @@ def stability(noise: Any, *, weight: Scalar = 2.0) -> Objective:
 
 
 def noisy_pgd(*, eps: Scalar, steps: int) -> NoisyAttack:
-    """l2 PGD on the smoothed classifier: unit gradients, step 2 eps / steps, start at x.
+    """l2 PGD on the smoothed classifier: unit gradients, step 2 eps / steps, from x.
 
-    The order of the authors' code: step, clip x + delta to [0, 1], shorten delta to eps.
+    In the order of the authors: step, clip x + delta to [0, 1], shorten delta to eps.
 
     Source: Salman et al. 2019, arXiv:1906.04584, algorithm 1.
     """
@@ -129,7 +129,7 @@ def noisy_ddn(
     init_norm: Scalar = 1.0,
     levels: int = 256,
 ) -> NoisyAttack:
-    """DDN on the smoothed classifier: the smallest perturbation that flips the majority.
+    """DDN on the smoothed classifier: the shortest way to flip the majority.
 
     It is quantised to `levels`, then shortened to eps. x itself where nothing flips.
 
@@ -375,7 +375,7 @@ def catrs(
 def _move_noises(
     f: Classifier, x: Array, target: Array, noises: Array, eps: Scalar, steps: int
 ) -> Array:
-    """Noises of the same mean and power, within eps, whose KL to the target is large."""
+    """Noises of the same mean and power, within eps, that raise the KL to target."""
 
     def move(noise: Array) -> Array:
         gradient = jax.grad(lambda d: _kl(target, f(x + d)))
