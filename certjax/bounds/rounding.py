@@ -108,7 +108,8 @@ def _rounds_nothing(equation: Equation) -> bool:
         (x,) = equation.inputs
         target = equation.outputs[0].aval.dtype
         return not is_float(target) or _widens(x.aval.dtype, target)
-    exact = equation.primitive in EXACT or equation.primitive in COMPARISONS
+    primitive = equation.primitive
+    exact = primitive in EXACT or primitive in COMPARISONS or primitive is p.scatter_p
     return exact or not equation.inputs or not _has_floats(equation)
 
 
