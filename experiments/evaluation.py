@@ -213,7 +213,7 @@ def evaluate(task: Evaluation, file: Path, stop: Callable[[], int]) -> list[Reco
             new = [row for row in rows if row["index"] not in found]
             append_lines(file, new)
             found |= {row["index"]: row for row in new}
-            advance(len(new))
+            advance(len(new), "")
     return [found[int(i)] for i in task.examples.index]
 
 

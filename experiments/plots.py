@@ -52,9 +52,14 @@ def _training(axes: Any, rows: list[dict[str, Any]]) -> None:
         percent.plot(steps, share, label="eps (% of the last)", **style)
     percent.set(ylabel="accuracy (%)", ylim=(0, 101))
     lines = [line for line in axes.get_lines() if line.get_label()[0] != "_"]
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": 5}
-    place |= {"fontsize": 8, "frameon": False, "columnspacing": 1.2}
-    percent.legend(handles=lines + percent.get_lines(), **place)
+    percent.legend(
+        handles=lines + percent.get_lines(),
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.17),
+        ncols=5,
+        fontsize=8,
+        frameon=False,
+    )
     for side in (axes, percent):
         side.spines["top"].set_visible(False)
 
