@@ -56,7 +56,7 @@ def ibp(
     Args:
       f: a function of one example (or of one tree of arrays).
       sound: enclose what a float evaluation of f can return, in any order of summation,
-        not only the exact values; docs/float_soundness.md states the model.
+        not only the exact values; certjax/bounds/float_soundness.md states the model.
 
     Returns:
       `bound(threat, x) -> Interval`, lower and upper each like f(x).
@@ -502,7 +502,14 @@ def _convert(equation: Equation, x: Interval) -> Interval:
         crosses = ~((x.lower > 0) | (x.upper < 0))
         zero = (x.lower == 0) & (x.upper == 0)
         return Interval(~crosses, ~zero)
-    return Interval(*(equation.bind(v)[0] for v in x))
+    ends = [equation.bind(v)[0] for v in x]
+    if not jnp.issubdtype(ends[0].dtype, jnp.integer):
+        return Interval(*ends)
+    limits = jnp.iinfo(ends[0].dtype)  # NaN converts to some number: no bound instead
+    unknown = jnp.isnan(x.lower) | jnp.isnan(x.upper)
+    return Interval(
+        jnp.where(unknown, limits.min, ends[0]), jnp.where(unknown, limits.max, ends[1])
+    )
 
 
 @register(p.gt_p, p.ge_p)
@@ -510,14 +517,20 @@ def _greater(equation: Equation, a: Any, b: Any) -> Interval:
     """Three-valued: lower = surely true, upper = possibly true."""
     a, b = _interval(a), _interval(b)
     surely, possibly = equation.bind(a.lower, b.upper), equation.bind(a.upper, b.lower)
-    return Interval(surely[0], possibly[0])
+    return _unless_unknown(surely[0], possibly[0], a, b)
 
 
 @register(p.lt_p, p.le_p)
 def _less(equation: Equation, a: Any, b: Any) -> Interval:
     a, b = _interval(a), _interval(b)
     surely, possibly = equation.bind(a.upper, b.lower), equation.bind(a.lower, b.upper)
-    return Interval(surely[0], possibly[0])
+    return _unless_unknown(surely[0], possibly[0], a, b)
+
+
+def _unless_unknown(surely: Array, possibly: Array, *operands: Interval) -> Interval:
+    """A comparison with a NaN bound is undecided, though IEEE calls it false."""
+    unknown = reduce(jnp.logical_or, (jnp.isnan(end) for v in operands for end in v))
+    return Interval(surely & ~unknown, possibly | unknown)
 
 
 @register(p.eq_p)
@@ -571,7 +584,7 @@ def _argmax(equation: Equation, x: Interval) -> Interval:
     (axis,) = equation.params["axes"]
     if equation.primitive is p.argmin_p:
         x = Interval(-x.upper, -x.lower)
-    can_win = x.upper >= jnp.max(x.lower, axis=axis, keepdims=True)
+    can_win = ~(x.upper < jnp.max(x.lower, axis=axis, keepdims=True))
     last = x.lower.shape[axis] - 1
     first_index = jnp.argmax(can_win, axis=axis)
     last_index = last - jnp.argmax(jnp.flip(can_win, axis), axis=axis)
@@ -586,8 +599,10 @@ def _sort(equation: Equation, *values: Any) -> list[Interval]:
         raise unsupported(
             equation, list(values), "interval", "the order depends on the input"
         )
-    ends = [equation.bind(v)[0] for v in values[0]]
-    return [Interval(*ends)]
+    along = {"axis": equation.params["dimension"], "keepdims": True}
+    unknown = reduce(jnp.logical_or, (jnp.isnan(v).any(**along) for v in values[0]))
+    ends = (equation.bind(v)[0] for v in values[0])  # sorts NaN to the end
+    return [Interval(*(jnp.where(unknown, jnp.nan, v) for v in ends))]
 
 
 # ---------------------------------------------------------------------------- composite
@@ -627,7 +642,7 @@ def _log_softmax(equation: Equation, x: Interval) -> Interval:
 
 
 def _logsumexp_of_others(x: Array, axis: int) -> Array:
-    """The log of sum_{j != i} e^{x_j} for every i, without cancellation: [K, K] work."""
+    """log sum_{j != i} e^{x_j} for every i: [K, K] work, but no cancellation."""
     x = jnp.moveaxis(x, axis, -1)
     size = x.shape[-1]
     apart = jnp.where(jnp.eye(size, dtype=bool), -jnp.inf, x[..., None, :])
