@@ -56,7 +56,7 @@ def ibp(
     Args:
       f: a function of one example (or of one tree of arrays).
       sound: enclose what a float evaluation of f can return, in any order of summation,
-        not only the exact values; certjax/bounds/float_soundness.md states the model.
+        not only the exact values; float_soundness.md states the model.
 
     Returns:
       `bound(threat, x) -> Interval`, lower and upper each like f(x).

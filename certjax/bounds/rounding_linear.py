@@ -8,7 +8,7 @@ in exact arithmetic, for the values that a float program may give its nodes:
 Every step charges `error` for the program's roundings in the equation, for the
 roundings of the coefficients it computes, and for those of the constant: each is at
 most some gamma times <|coefficients|, sizes>, where the sizes of the nodes come from
-the enclosures of `rounding`. certjax/bounds/float_soundness.md has the proof of each charge.
+the enclosures of `rounding`. float_soundness.md has the proof of each charge.
 
 The lines around a nonlinear function take their slopes from `relax`, where any slope
 will do, and get an offset that is proved on a grid with a bound on the second
