@@ -2,6 +2,16 @@
 
 from certjax.attacks.apgd import apgd, apgd_towards
 from certjax.attacks.autoattack import autoattack, autoattack_stages
+from certjax.attacks.blackbox import (
+    boundary,
+    hopskipjump,
+    nes,
+    spsa,
+)
+from certjax.attacks.carlini import (
+    carlini_wagner,
+    ead,
+)
 from certjax.attacks.cascade import Broken, cascade, Stage
 from certjax.attacks.combine import (
     apgd_targeted,
@@ -23,8 +33,25 @@ from certjax.attacks.losses import (
     log_odds,
     margin_loss,
 )
+from certjax.attacks.minimal import (
+    ddn,
+    deepfool,
+    distances,
+    fmn,
+    robust_accuracy_curve,
+)
 from certjax.attacks.search import Expectation
 from certjax.attacks.square import square
+from certjax.attacks.transfer import (
+    diverse,
+    noisy,
+    patch,
+    rotation_translation,
+    smoothed,
+    straight_through,
+    transfer,
+    universal,
+)
 
 
 __all__ = [
@@ -37,25 +64,44 @@ __all__ = [
     "autoattack",
     "autoattack_stages",
     "bim",
+    "boundary",
+    "carlini_wagner",
     "cascade",
     "cross_entropy",
     "cross_entropy_towards",
+    "ddn",
+    "deepfool",
     "difference_towards",
+    "distances",
+    "diverse",
     "dlr",
     "dlr_towards",
+    "ead",
     "fab",
     "fab_minimum",
     "fab_targeted",
     "fgsm",
+    "fmn",
+    "hopskipjump",
     "log_odds",
     "margin_loss",
     "mi_fgsm",
     "minimal",
+    "nes",
     "ni_fgsm",
+    "noisy",
+    "patch",
     "pgd",
     "restarts",
+    "robust_accuracy_curve",
+    "rotation_translation",
+    "smoothed",
+    "spsa",
     "square",
+    "straight_through",
     "strongest",
     "targeted_sweep",
+    "transfer",
+    "universal",
     "until_broken",
 ]

@@ -21,8 +21,8 @@ from certjax.types import Array, Attack, Classifier, Key
 
 # Keeps the inverse of tanh finite at the ends of the domain. The usual 1 - 1e-6 puts
 # black pixels at -7.25, where gradients vanish and from where 100 steps of 0.05 do not
-# return; 0.999 moves no pixel by more than 0.0005 at the start.
-INSIDE = 0.999
+# return; 0.99 moves no pixel by more than 0.005 at the start.
+INSIDE = 0.99
 UNBOUNDED = 1e10
 CHECKS = 10  # per search, for getting nowhere
 

@@ -169,7 +169,7 @@ def _all_planes(f: Classifier, label: Array, norm: type, z: Array) -> _Plane:
     """The nearest of the K - 1 linearised boundaries."""
     logits, pull = jax.vjp(f, z)
     classes = logits.shape[0]
-    seeds = jnp.eye(classes) - jax.nn.one_hot(label, classes)
+    seeds = jnp.eye(classes) - jax.nn.one_hot(label, classes)[None]
     normals = jnp.nan_to_num(jax.vmap(lambda seed: pull(seed)[0])(seeds))
     gaps = jnp.nan_to_num(logits - logits[label])
     lengths = jax.vmap(functools.partial(dual_size, norm))(normals)

@@ -97,7 +97,7 @@ def _to_nearest(
 ) -> Array:
     """The step onto the nearest of the K - 1 linearised boundaries."""
     classes = logits.shape[0]
-    seeds = jnp.eye(classes) - jax.nn.one_hot(label, classes)
+    seeds = jnp.eye(classes) - jax.nn.one_hot(label, classes)[None]
     normals = jnp.nan_to_num(jax.vmap(lambda seed: pull(seed)[0])(seeds))
     lengths = jnp.maximum(jax.vmap(functools.partial(dual_size, norm))(normals), 1e-6)
     # 1e-4, as in the authors' code, keeps the last step from stopping short

@@ -193,7 +193,7 @@ def _regrown(
     norm: type, bump: Array, delta: Array, grown: Array, emptied: Array, eps: Array
 ) -> Array:
     """The bump plus the old window, with the norm that both windows leave to spend."""
-    per_channel = jax.vmap(functools.partial(size, norm), in_axes=-1)
+    per_channel = lambda v: jax.vmap(functools.partial(size, norm), -1)(v)[None, None]
     power = 2 if norm is L2 else 1
     old = jnp.where(grown, delta, 0.0)
     new = jnp.where(grown, bump + old / (1e-12 + per_channel(old)), 0.0)

@@ -1,0 +1,207 @@
+"""Combined and minimum-norm attacks against what is known exactly."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from certjax import attacks
+from certjax.attacks.apgd import checkpoints
+from certjax.attacks.geometry import into_l1_box, to_hyperplane
+from certjax.threat import Box, L1, L2, Linf
+
+
+KEY = jax.random.key(0)
+SIZE, CLASSES, EXAMPLES = 6, 4, 9
+WEIGHT = jax.random.normal(jax.random.key(2), (SIZE, CLASSES))
+XS = 0.4 + 0.2 * jax.random.uniform(jax.random.key(1), (EXAMPLES, SIZE))
+WIDE = {"low": -10.0, "high": 10.0}
+
+
+def linear(x):
+    return (x - 0.5) @ WEIGHT
+
+
+LABELS = jnp.argmax(XS @ WEIGHT - 0.5 * jnp.sum(WEIGHT, axis=0)[None], axis=1)
+
+
+def run(attack):
+    keys = jax.random.split(KEY, EXAMPLES)
+    each = jax.vmap(lambda key, x, label: attack(key, linear, x, label))
+    return jax.jit(each)(keys, XS, LABELS)
+
+
+def nearest(dual):
+    """The exact distance to the boundary of a linear classifier."""
+    logits = np.asarray(jax.vmap(linear)(XS), np.float64)
+    weight, found = np.asarray(WEIGHT, np.float64), []
+    for row, label in zip(logits, np.asarray(LABELS), strict=True):
+        gaps = [
+            (row[label] - row[k])
+            / np.linalg.norm(weight[:, k] - weight[:, label], dual)
+            for k in range(CLASSES)
+            if k != label
+        ]
+        found.append(min(gaps))
+    return np.array(found)
+
+
+@pytest.mark.parametrize(
+    ("attack", "dual", "excess"),
+    [
+        (attacks.deepfool(L2(1.0, **WIDE)), 2, 0.03),
+        (attacks.deepfool(Linf(1.0, **WIDE)), 1, 0.05),
+        (attacks.fab_minimum(L2(1.0, **WIDE), steps=20), 2, 0.03),
+        (attacks.fab_minimum(Linf(1.0, **WIDE), steps=20), 1, 0.03),
+        (attacks.fab_minimum(L1(1.0, **WIDE), steps=20), np.inf, 0.03),
+        (attacks.ddn(L2(1.0, **WIDE), steps=200, start_norm=0.1), 2, 0.2),
+        (attacks.fmn(L2(1.0, **WIDE), steps=200, step_size=0.1), 2, 0.2),
+        (attacks.minimal(attacks.fgsm, Linf(1.0, **WIDE), bisections=12), 1, 2.0),
+    ],
+    ids=["df2", "dfinf", "fab2", "fabinf", "fab1", "ddn", "fmn", "minimal"],
+)
+def test_distances_of_a_linear_classifier(attack, dual, excess):
+    norm = {2: L2, 1: Linf, np.inf: L1}[dual]
+    distance = attacks.distances(norm, linear, XS, run(attack), LABELS)
+    exact = nearest(dual)
+    assert (distance >= exact * (1 - 1e-4)).all()
+    assert (distance <= exact * (1 + excess) + 2e-3).all()
+
+
+def test_robust_accuracy_curve_counts_what_is_further():
+    curve = attacks.robust_accuracy_curve([0.0, 0.1, np.inf, 0.3], [0.0, 0.1, 0.2])
+    np.testing.assert_array_equal(curve, [0.75, 0.5, 0.5])
+
+
+@pytest.mark.parametrize("norm", [Linf, L2, L1])
+def test_hyperplane_is_reached_inside_the_domain(norm):
+    z = jnp.array([0.0, 0.2, 0.9, 0.5])
+    w = jnp.array([1.0, -2.0, 0.5, 0.0])
+    d = to_hyperplane(norm, z, w, jnp.float32(-0.6), 0.0, 1.0)
+    assert abs(float(w @ (z + d)) + 0.6) < 1e-5
+    assert ((z + d >= 0) & (z + d <= 1)).all()
+
+
+def test_l1_projection_spends_the_radius_and_beats_the_two_step_one():
+    x, z = jnp.array([0.9, 0.5, 0.1]), jnp.array([1.9, 1.2, 0.0])
+    exact = into_l1_box(L1(0.5), x, z, 0.5)
+    assert abs(float(jnp.sum(jnp.abs(exact - x))) - 0.5) < 1e-4
+    twice = L1(0.5).project(x, z)
+    assert jnp.sum((exact - z) ** 2) <= jnp.sum((twice - z) ** 2) + 1e-6
+
+
+def test_checkpoints_of_the_paper():
+    ends = [i + 1 for i, window in enumerate(checkpoints(100)) if window]
+    assert ends == [22, 41, 57, 70, 80, 87, 93, 99]
+
+
+def test_the_strongest_is_as_strong_as_each():
+    threat = Linf(0.05)
+    each = attacks.fgsm(threat), attacks.square(threat, queries=20)
+    margin = lambda zs: jax.vmap(attacks.margin_loss)(jax.vmap(linear)(zs), LABELS)
+    best = margin(run(attacks.strongest(*each)))
+    broken = margin(run(attacks.until_broken(*each))) > 0
+    for attack in each:
+        alone = margin(run(attack))
+        assert (best >= alone - 1e-6).all() or ((best > 0) >= (alone > 0)).all()
+        assert (broken >= (alone > 0)).all()
+
+
+STAGES = (
+    attacks.Stage("fgsm", lambda threat, _: attacks.fgsm(threat)),
+    attacks.Stage("apgd", lambda threat, _: attacks.apgd(threat, steps=10), 2),
+    attacks.Stage(
+        "apgd-t",
+        lambda threat, i: attacks.apgd_towards(threat, i, steps=10),
+        9,
+        ranks=True,
+    ),
+)
+
+
+def test_cascade_does_not_depend_on_how_it_is_cut():
+    whole = attacks.cascade(STAGES, Linf(0.03), lanes=4)
+    found = whole(KEY, linear, XS, LABELS)
+    for cut in (1, 4):
+        pieces = [
+            whole(KEY, linear, XS[i : i + cut], LABELS[i : i + cut], first=i)
+            for i in range(0, EXAMPLES, cut)
+        ]
+        assert (np.concatenate([p.z for p in pieces]) == found.z).all()
+        assert (np.concatenate([p.by for p in pieces]) == found.by).all()
+
+
+def test_cascade_records_who_broke_what():
+    labels = LABELS.at[0].set((LABELS[0] + 1) % CLASSES)
+    found = attacks.cascade(STAGES, Linf(0.03), lanes=4)(KEY, linear, XS, labels)
+    right = np.argmax(jax.vmap(linear)(jnp.asarray(found.z)), axis=1) == labels
+    assert found.by[0] == -2
+    assert ((found.by == -1) == right).all()
+    assert found.robust_accuracy == right.mean()
+    assert jax.vmap(Linf(0.03).contains)(XS, jnp.asarray(found.z)).all()
+    assert any("target classes" in text for text in found.warnings)
+
+
+def test_cascade_reports_nan_and_zero_gradients():
+    f = lambda x: (
+        jnp.where(x[0] > 0.5, jnp.nan, 1.0) * jnp.array([1.0, 0.0, -1.0, -2.0])
+    )
+    found = attacks.cascade(STAGES, Linf(0.03), lanes=4)(KEY, f, XS, LABELS * 0)
+    assert (found.finite == ~(np.asarray(XS)[:, 0] > 0.5)).all()
+    assert any("NaN" in text for text in found.warnings)
+    assert any("zero gradient" in text for text in found.warnings)
+
+
+def test_autoattack_is_a_pure_attack_with_the_budget_of_the_reference():
+    stages = attacks.autoattack_stages(Linf(0.1))
+    assert [(s.name, s.rounds) for s in stages] == [
+        ("apgd-ce", 1),
+        ("apgd-t", 9),
+        ("fab-t", 9),
+        ("square", 1),
+    ]
+    with pytest.raises(TypeError, match="Box"):
+        attacks.autoattack_stages(Box(XS[0], XS[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["standard", "rand"])
+def test_autoattack_breaks_a_linear_classifier_where_it_can(version):
+    eps = float(np.median(nearest(1)))
+    zs = run(attacks.autoattack(Linf(eps, **WIDE), version=version))
+    broken = np.argmax(jax.vmap(linear)(zs), axis=1) != LABELS
+    assert (broken >= (nearest(1) < eps * (1 - 1e-4))).all()
+    assert not broken[nearest(1) > eps * (1 + 1e-4)].any()
+
+
+def test_straight_through_has_the_defense_values_and_the_stand_in_gradients():
+    rounded = attacks.straight_through(jnp.round)
+    value, slope = jax.value_and_grad(lambda x: jnp.sum(rounded(x)))(XS[0])
+    assert value == jnp.sum(jnp.round(XS[0]))
+    assert (slope == 1).all()
+
+
+def test_transfer_never_asks_the_target():
+    def never(x):
+        raise AssertionError("the target was evaluated")
+
+    fgsm = attacks.fgsm(Linf(0.1))
+    attack = attacks.transfer(fgsm, [linear, linear])
+    z = jax.jit(lambda x: attack(KEY, never, x, LABELS[0]))(XS[0])
+    direct = jax.jit(lambda x: fgsm(KEY, linear, x, LABELS[0]))(XS[0])
+    np.testing.assert_allclose(z, direct)
+
+
+def test_attacks_through_noise_and_one_perturbation_for_all():
+    noisy = attacks.noisy(linear, 0.1, 4)
+    attack = attacks.pgd(L2(0.2), steps=3)
+    z = jax.jit(lambda x: attack(KEY, noisy, x, LABELS[0]))(XS[0])
+    assert L2(0.2).contains(XS[0], z)
+    delta = jax.jit(
+        functools.partial(attacks.universal(Linf(0.1), steps=5), KEY, linear)
+    )(XS, LABELS)
+    assert jnp.max(jnp.abs(delta)) <= jnp.float32(0.1)
+    accuracy = lambda zs: jnp.mean(jnp.argmax(jax.vmap(linear)(zs), axis=1) == LABELS)
+    assert accuracy(XS + delta[None]) <= accuracy(XS)
