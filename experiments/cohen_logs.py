@@ -151,7 +151,7 @@ def summary(rows: Sequence[Row], radii: Sequence[float] = RADII) -> dict[str, An
 
 
 def attained(rows: Sequence[Row], sigma: float, alpha: float, n: int) -> float:
-    """Share of the positive radii that n samples at this alpha can give; nan if none."""
+    """Share of the positive radii that n samples at alpha can give; nan if none."""
     positive = [row for row in rows if row.prediction >= 0 and row.radius > 0]
     if not positive:
         return math.nan

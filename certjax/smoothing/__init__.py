@@ -1,5 +1,10 @@
 """Randomized smoothing: noise, votes, exact statistics, certificates."""
 
+from certjax.smoothing.ablation import Ablation as Ablation
+from certjax.smoothing.adaptive import (
+    certify_radius as certify_radius,
+    FixedRadius as FixedRadius,
+)
 from certjax.smoothing.certify import (
     ABSTAIN as ABSTAIN,
     certify as certify,
@@ -8,11 +13,27 @@ from certjax.smoothing.certify import (
     predict as predict,
     SmoothedCertificate as SmoothedCertificate,
 )
+from certjax.smoothing.ensemble import mean_logits as mean_logits
 from certjax.smoothing.noise import (
     Gaussian as Gaussian,
     Laplace as Laplace,
     Table as Table,
     Uniform as Uniform,
+)
+from certjax.smoothing.patch import (
+    certify_band as certify_band,
+    certify_block as certify_block,
+    PatchCertificate as PatchCertificate,
+    visible as visible,
+)
+from certjax.smoothing.percentile import (
+    percentile_bounds as percentile_bounds,
+    PercentileBounds as PercentileBounds,
+)
+from certjax.smoothing.quantized import QuantizedGaussian as QuantizedGaussian
+from certjax.smoothing.splitting import (
+    certify_split as certify_split,
+    ExactCertificate as ExactCertificate,
 )
 from certjax.smoothing.votes import (
     Forward as Forward,

@@ -6,6 +6,7 @@ A noise is a frozen dataclass (a pytree: sigma may be traced) with
     radius(p_lower, size) -> r      host, float64: the certified radius
     norm                            of the radius: "l0", "l1", "l2" or "linf"
     guarantee                       in which arithmetic the theorem holds
+    check(x)                        optional: refuse an example it is not for
 
 `p_lower` is a lower bound of the probability of the top class; the radius is 0 unless
 it exceeds 1/2, and never above the exact one for this `p_lower`. `sigma` is the

@@ -72,9 +72,11 @@ def votes(
       [K] int64 counts on the host.
 
     Raises:
-      ValueError: n, batch or block below 1, an f that does not return [K] logits, or a
-        dtype that f has no leaves to be cast to.
+      ValueError: n, batch or block below 1, an f that does not return [K] logits, a
+        dtype that f has no leaves to be cast to, or an x that the noise is not for.
     """
+    if check := getattr(noise, "check", None):
+        check(x)
     return count_range(f, _draw_keyed, (key, noise), x, n, batch, Forward(**how))
 
 
