@@ -1,0 +1,346 @@
+"""Linear bounds: soundness for every operation, tightness, exactness, equal chunks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+from jax import lax
+
+from certjax.bounds import (
+    Interval,
+    alpha_crown,
+    best,
+    crown,
+    forward,
+    fused_cross_entropy,
+    ibp,
+    plot,
+    report,
+)
+from certjax.specification import margins
+from certjax.threat import L1, L2, Box, Linf
+
+
+KEYS = jax.random.split(jax.random.key(3), 8)
+W = jax.random.normal(KEYS[0], (4, 6)) / 2
+V = jax.random.normal(KEYS[1], (6, 3)) / 2
+X = jax.random.uniform(KEYS[2], (4,), minval=0.3, maxval=0.7)
+K = jax.random.normal(KEYS[3], (3, 3, 2, 4)) / 3
+K2 = jax.random.normal(KEYS[4], (2, 2, 4, 3)) / 3
+IMAGE = jax.random.uniform(KEYS[5], (6, 6, 2))
+EXACT = 2e-5
+
+
+def points(threat, x, samples=200):
+    """Random points of the set, and of its corners where it is a box."""
+    keys = jax.random.split(jax.random.key(7), samples)
+    inner = jax.vmap(lambda key: threat.sample(key, x))(keys)
+    if not isinstance(threat, Linf | Box):
+        return inner
+    lower, upper = (v[None] for v in threat.box(x))
+    corner = jax.vmap(lambda k: jax.random.bernoulli(k, 0.5, x.shape))(keys)
+    return jnp.concatenate([inner, jnp.where(corner, lower, upper)])
+
+
+def check(found, f, threat, x, slack=EXACT):
+    """Sampled values lie inside."""
+    outs = jax.vmap(f)(points(threat, x))
+    scale = slack * (1 + jnp.abs(outs))
+    assert found.lower.shape == found.upper.shape == outs.shape[1:]
+    assert (found.lower <= found.upper).all()
+    assert (outs >= found.lower[None] - scale).all()
+    assert (outs <= found.upper[None] + scale).all()
+
+
+def check_no_looser(inner, outer, slack=EXACT):
+    scale = slack * (1 + jnp.abs(outer.lower) + jnp.abs(outer.upper))
+    assert (inner.lower >= outer.lower - scale).all()
+    assert (inner.upper <= outer.upper + scale).all()
+
+
+def conv(x, w, stride=1, padding="SAME", **kw):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    strides = (stride, stride)
+    out = lax.conv_general_dilated(x[None], w, strides, padding, dimension_numbers=numbers, **kw)  # fmt: skip
+    return out[0]
+
+
+def attention(h):
+    q, k, v = h.reshape(3, 2), h[::-1].reshape(3, 2), (h * h).reshape(3, 2)
+    return (jax.nn.softmax(q @ k.T) @ v).ravel()
+
+
+OPERATIONS = {
+    "relu": jax.nn.relu,
+    "leaky_relu": jax.nn.leaky_relu,
+    "abs": jnp.abs,
+    "square": lambda h: h**2,
+    "product": lambda h: h * h[::-1],
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "softplus": jax.nn.softplus,
+    "gelu, tanh": jax.nn.gelu,
+    "gelu, erf": lambda h: jax.nn.gelu(h, approximate=False),
+    "silu": jax.nn.silu,
+    "elu": jax.nn.elu,
+    "exp": jnp.exp,
+    "log": lambda h: jnp.log(h**2 + 1),
+    "sqrt": lambda h: jnp.sqrt(h**2 + 1),
+    "sin": jnp.sin,
+    "clamp, relu6": lambda h: jax.nn.relu6(h) + jnp.clip(h, -0.2, 0.2),
+    "quotient": lambda h: h / (h[::-1] ** 2 + 1),
+    "max, min": lambda h: jnp.maximum(h, h[::-1]) + jnp.minimum(h, 2 * h[::-1]),
+    "softmax": jax.nn.softmax,
+    "attention": attention,
+    "log_softmax": jax.nn.log_softmax,
+    "logsumexp": lambda h: h - jax.nn.logsumexp(h),
+    "layernorm": lambda h: (h - h.mean()) / jnp.sqrt(h.var() + 0.1),
+    "concatenate": lambda h: jnp.concatenate([jax.nn.relu(h[:3]), h[3:]]),
+    "strided slice, flip": lambda h: jnp.repeat(jax.nn.relu(h)[::-2], 2),
+    "pad, cumsum, sort": lambda h: jnp.sort(jnp.cumsum(jnp.pad(jax.nn.relu(h[:5]), (0, 1)))),
+    "einsum": lambda h: jnp.einsum("ij,kj->ik", h.reshape(3, 2), h[:4].reshape(2, 2)).ravel(),
+    "gather, where": lambda h: jnp.where(V[:, 0] > 0, h[jnp.array([2, 0, 1, 1, 5, 4])], jax.nn.relu(h)),
+    "where, undecided": lambda h: jnp.where(h > 0, h, 0.2 * h),
+    "reduce max": lambda h: h - jnp.max(h),
+    "scan": lambda h: lax.scan(lambda c, r: (jax.nn.relu(c + r), c), h[:2], h.reshape(3, 2))[1].ravel(),
+    "remat": jax.checkpoint(jax.nn.relu),
+    "residual": lambda h: h + jax.nn.relu(h @ W.T @ W),
+    "floor": lambda h: h - jnp.floor(h),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_probe(name):
+    """x @ W -> operation -> @ V: sound, and never looser than interval arithmetic."""
+    f = lambda x: OPERATIONS[name](x @ W) @ V
+    threat = Linf(0.1)
+
+    @jax.jit
+    def bounds(x):
+        return ibp(f)(threat, x), crown(f)(threat, x), alpha_crown(f, steps=3)(threat, x)
+
+    plain, linear, ascended = bounds(X)
+    for found in (linear, ascended):
+        check(found, f, threat, X)
+    check_no_looser(linear, plain)
+    check_no_looser(ascended, linear)
+
+
+IMAGES = {
+    "two convolutions": lambda x: conv(jax.nn.relu(conv(x, K, 2)), K2, padding="VALID"),
+    "dilated, padded": lambda x: conv(jnp.tanh(conv(x, K, padding=[(1, 0), (0, 2)], rhs_dilation=(2, 2))), K2, 2),
+    "grouped": lambda x: conv(jax.nn.relu(conv(x, K[:, :, :1], feature_group_count=2)), K2),
+    "transposed": lambda x: conv(jax.nn.relu(conv(x, K, padding=[(1, 1), (1, 1)], lhs_dilation=(2, 2))), K2, 3),
+    "residual": lambda x: conv(jax.nn.relu(x + conv(jax.nn.relu(conv(x, K)), K.swapaxes(2, 3))), K, 2),
+    "max pool": lambda x: conv(lax.reduce_window(conv(x, K), -jnp.inf, lax.max, (3, 3, 1), (2, 2, 1), "SAME"), K2),
+    "average pool": lambda x: conv(lax.reduce_window(jax.nn.relu(conv(x, K)), 0.0, lax.add, (2, 2, 1), (2, 2, 1), "VALID"), K2),
+    "normalised": lambda x: conv(jax.nn.relu((conv((x - 0.4) / 0.3, K) - 0.1) * jnp.arange(1.0, 5.0).reshape(1, 1, 4)), K2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images(name):
+    """Patches and images of coefficients: sound, and equal to one another."""
+    f = lambda x: jax.nn.relu(IMAGES[name](x)).sum((0, 1))
+    threat = Linf(0.05)
+
+    @jax.jit
+    def bounds(x):
+        return ibp(f)(threat, x), crown(f)(threat, x)
+
+    plain, found = bounds(IMAGE)
+    check(found, f, threat, IMAGE, slack=5e-5)
+    check_no_looser(found, plain)
+    rows = crown(lambda x: f(x.reshape(6, 6, 2)))(threat, IMAGE.ravel())
+    np.testing.assert_allclose(found.lower, rows.lower, rtol=1e-4, atol=1e-4)
+
+
+def net(x, w=W):
+    return jax.nn.relu(jax.nn.relu(x @ w) @ w.T @ w) @ V
+
+
+@pytest.mark.parametrize(
+    "threat", [Linf(0.1), L2(0.2), L1(0.3), Box(X - 0.1, X + 0.2)], ids=["linf", "l2", "l1", "box"]
+)  # fmt: skip
+def test_threats(threat):
+    found = jax.jit(lambda x: crown(net)(threat, x))(X)
+    check(found, net, threat, X)
+    image = lambda z: jax.nn.relu(conv(jax.nn.relu(conv(z, K, 2)), K2)).sum((0, 1))
+    if not isinstance(threat, Box):
+        found = jax.jit(lambda x: crown(image)(threat, x))(IMAGE)
+        check(found, image, threat, IMAGE)
+
+
+METHODS = {
+    "crown": crown(net),
+    "crown-ibp": crown(net, "ibp"),
+    "crown-forward": crown(net, "forward"),
+    "forward": forward(net),
+    "alpha": alpha_crown(net, steps=5),
+    "chunks": crown(net, max_bytes=1000),
+}
+
+
+def test_methods_are_ordered():
+    threat = Linf(0.15)
+    found = {name: jax.jit(m)(threat, X) for name, m in METHODS.items()}
+    found["best"] = best(METHODS["crown-ibp"], METHODS["forward"])(threat, X)
+    for bounds in found.values():
+        check(bounds, net, threat, X)
+        check_no_looser(bounds, ibp(net)(threat, X))
+    check_no_looser(found["crown"], found["crown-ibp"])
+    check_no_looser(found["alpha"], found["crown"])
+    check_no_looser(found["best"], found["forward"])
+    np.testing.assert_allclose(found["chunks"].lower, found["crown"].lower, rtol=1e-5)
+
+
+def test_chunks_of_patches_change_nothing():
+    f = lambda x: conv(jax.nn.relu(conv(jax.nn.relu(conv(x, K)), K2)), K2[..., :3, :])
+    whole = crown(f)(Linf(0.05), IMAGE)
+    parts = crown(f, max_bytes=200_000)(Linf(0.05), IMAGE)
+    np.testing.assert_allclose(whole.lower, parts.lower, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="max_bytes"):
+        crown(f, max_bytes=100)(Linf(0.05), IMAGE)
+
+
+def test_unknown_methods_are_refused():
+    with pytest.raises(ValueError, match="intermediate must be one of"):
+        crown(net, "magic")
+    with pytest.raises(ValueError, match="at least one"):
+        best()
+
+
+def test_degenerate_sets_and_nan():
+    bounds = crown(net)(Linf(0.0), X)
+    np.testing.assert_allclose(bounds.lower, net(X), rtol=1e-5, atol=1e-6)
+    broken = crown(net)(Linf(0.1), X.at[0].set(jnp.nan))
+    assert jnp.isnan(broken.lower).all()
+    assert not (broken.lower > 0).any()
+
+
+def test_jit_vmap_and_traced_eps_agree():
+    xs = jnp.stack([X, X / 2, 1 - X])
+    batched = jax.jit(jax.vmap(crown(net), (None, 0)))(Linf(jnp.float32(0.1)), xs)
+    for i, x in enumerate(xs):
+        np.testing.assert_allclose(
+            batched.lower[i], crown(net)(Linf(0.1), x).lower, rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("activation", [jax.nn.relu, jnp.tanh], ids=["relu", "tanh"])
+def test_gradients_agree_with_finite_differences(activation):
+    def loss(w):
+        f = lambda x: margins(activation(activation(x @ w) @ w.T) @ w[:, :3], 2)
+        bounds = crown(f)(Linf(0.05), jnp.asarray(np.asarray(X), w.dtype))
+        return jnp.sum(jnp.tanh(bounds.lower))
+
+    with jax.enable_x64(True):
+        w = jnp.asarray(np.asarray(W), jnp.float64)
+        v = jnp.asarray(np.random.default_rng(0).normal(size=W.shape))
+        slope = (loss(w + 1e-5 * v) - loss(w - 1e-5 * v)) / 2e-5
+        np.testing.assert_allclose(jnp.vdot(jax.grad(loss)(w), v), slope, rtol=1e-3)
+
+
+def test_parameters_may_be_the_perturbed_input():
+    params = {"w": W, "v": V}
+    box = Box(*(jax.tree.map(lambda a, s=s: a + s, params) for s in (-0.01, 0.01)))
+    f = lambda q: jax.nn.relu(X @ q["w"]) @ q["v"]
+    found = crown(f)(box, params)
+    keys = jax.random.split(jax.random.key(0), 200)
+    outs = jax.vmap(lambda k: f(box.sample(k, params)))(keys)
+    assert (outs >= found.lower[None] - EXACT).all()
+    assert (outs <= found.upper[None] + EXACT).all()
+    check_no_looser(found, ibp(f)(box, params))
+
+
+def test_fused_loss_bounds_the_worst_case():
+    threat, label = Linf(0.1), 1
+    loss = jax.jit(lambda x: fused_cross_entropy(net, label)(threat, x))(X)
+    outs = jax.vmap(net)(points(threat, X, 2000))
+    worst = jnp.max(jax.nn.logsumexp(outs, axis=1) - outs[:, label])
+    assert loss >= worst - EXACT
+    gradient = jax.grad(lambda w: fused_cross_entropy(lambda x: net(x, w), 1)(threat, X))(W)
+    assert jnp.isfinite(gradient).all() and jnp.abs(gradient).max() > 0
+
+
+def test_report_counts_and_compares():
+    layers = report(net, Linf(0.1), X)
+    assert [layer.interval.lower.shape for layer in layers] == [(6,), (6,)]
+    for layer in layers:
+        assert layer.active + layer.inactive + layer.unstable == 6
+        assert layer.sampled_width <= layer.width <= layer.ibp_width * (1 + 1e-5)
+        assert layer.looseness >= 1
+    assert len(plot(layers).axes) == 2
+
+
+# ------------------------------------------------------------------------- exact answers
+
+
+def exact_minimum(weights, biases, row, low, high):
+    """min of row @ net over a box by mixed-integer programming (big-M relu)."""
+    shapes = [w.shape for w in weights]
+    layers, lo, hi = [], low, high
+    for w, b in zip(weights[:-1], biases[:-1], strict=True):
+        c, r = (lo + hi) / 2 @ w + b, (hi - lo) / 2 @ abs(w)
+        layers.append((c - r, c + r))
+        lo, hi = np.maximum(c - r, 0), np.maximum(c + r, 0)
+    # variables: x, then for each hidden layer z (post-activation) and a (binary)
+    sizes = [shapes[0][0], *(n for s in shapes[:-1] for n in (s[1], s[1]))]
+    start = np.cumsum([0, *sizes])
+    total = start[-1]
+    rows, below, above = [], [], []
+    bounds_low, bounds_high, integer = np.zeros(total), np.ones(total), np.zeros(total)
+    bounds_low[: sizes[0]], bounds_high[: sizes[0]] = low, high
+    before = 0
+    for k, (w, b) in enumerate(zip(weights[:-1], biases[:-1], strict=True)):
+        (pl, pu), z, a = layers[k], start[1 + 2 * k], start[2 + 2 * k]
+        n = w.shape[1]
+        integer[a : a + n] = 1
+        bounds_high[z : z + n] = np.maximum(pu, 0)
+        for j in range(n):
+            base = np.zeros(total)
+            base[before : before + w.shape[0]] = -w[:, j]
+            base[z + j] = 1
+            rows.append(base.copy())  # z - w x >= b
+            below.append(b[j]), above.append(np.inf)
+            base[a + j] = -min(pl[j], 0)
+            rows.append(base)  # z - w x - l a <= b - l
+            below.append(-np.inf), above.append(b[j] - min(pl[j], 0))
+            gate = np.zeros(total)
+            gate[z + j], gate[a + j] = 1, -max(pu[j], 0)
+            rows.append(gate)  # z <= u a
+            below.append(-np.inf), above.append(0)
+        before = z
+    cost = np.zeros(total)
+    cost[before : before + shapes[-1][0]] = weights[-1] @ row
+    constraint = scipy.optimize.LinearConstraint(np.array(rows), below, above)
+    box = scipy.optimize.Bounds(bounds_low, bounds_high)
+    solved = scipy.optimize.milp(cost, constraints=constraint, bounds=box, integrality=integer)
+    assert solved.success
+    return solved.fun + biases[-1] @ row
+
+
+@pytest.mark.parametrize("eps", [0.02, 0.2])
+def test_bounds_against_the_exact_minimum(eps):
+    rng = np.random.default_rng(1)
+    weights = [rng.normal(size=s) / np.sqrt(s[0]) for s in ((3, 5), (5, 5), (5, 2))]
+    biases = [rng.normal(size=n) / 5 for n in (5, 5, 2)]
+
+    def f(x):
+        for w, b in zip(weights[:-1], biases[:-1], strict=True):
+            x = jax.nn.relu(x @ w.astype(np.float32) + b.astype(np.float32))
+        return x @ weights[-1].astype(np.float32) + biases[-1].astype(np.float32)
+
+    x = np.full(3, 0.5, np.float32)
+    exact = Interval(
+        np.array([exact_minimum(weights, biases, r, x - eps, x + eps) for r in np.eye(2)]),
+        -np.array([exact_minimum(weights, biases, -r, x - eps, x + eps) for r in np.eye(2)]),
+    )
+    found = crown(f)(Linf(eps), x)
+    ascended = alpha_crown(f, steps=30)(Linf(eps), x)
+    check_no_looser(exact, ascended)
+    check_no_looser(ascended, found)
+    if eps < 0.1:  # hardly a neuron is undecided: next to nothing is lost
+        np.testing.assert_allclose(ascended.lower, exact.lower, atol=5e-3)
+        np.testing.assert_allclose(ascended.upper, exact.upper, atol=5e-3)
