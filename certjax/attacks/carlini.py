@@ -39,7 +39,7 @@ def carlini_wagner(
 ) -> Attack:
     """Carlini & Wagner's attack in tanh space with Adam, in l2 or linf.
 
-    A search ends early for an example that is broken and whose loss no longer falls.
+    Each search starts at the nearest point of the searches before. A search ends early for an example that is broken and whose loss no longer falls.
 
     Args:
       threat: L2 or Linf names the norm, and the domain.
@@ -178,10 +178,9 @@ def _search_l2(
     searches: int,
     constant: float,
 ) -> Nearest:
-    start = adam.into(x)
-
     def search(_: int, state: tuple[_Constant, Nearest]) -> tuple:
         c, best = state
+        start = adam.into(best.z)  # x, or the nearest point of the searches before
 
         def loss_at(z: Array) -> tuple[Array, _Look]:
             look = at(z)
