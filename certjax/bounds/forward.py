@@ -17,18 +17,18 @@ from certjax.bounds import slopes
 from certjax.bounds.affine import BILINEAR
 from certjax.bounds.interval import ibp
 from certjax.bounds.problem import (
+    intersect,
+    intersect_trees,
     MAX_BYTES,
+    pose,
     Problem,
     Refine,
     Slope,
-    intersect,
-    intersect_trees,
-    pose,
     solve,
     unflatten,
     values_of,
 )
-from certjax.bounds.relax import Relaxation, Side, constants, is_float, operands
+from certjax.bounds.relax import constants, is_float, operands, Relaxation, Side
 from certjax.threat import Threat
 from certjax.types import Array, Interval, PyTree
 from certjax.walk import Equation, Node, primitives as p, read
@@ -46,7 +46,9 @@ class Form(NamedTuple):
     upper_constant: Array
 
 
-def forward(f: Callable[[PyTree], PyTree], *, slope: Slope = slopes.adaptive) -> Callable:
+def forward(
+    f: Callable[[PyTree], PyTree], *, slope: Slope = slopes.adaptive
+) -> Callable:
     """Sound elementwise bounds of `f` over a threat set, by forward linear bounds.
 
     For every z in the set, lower <= f(z) <= upper in exact arithmetic; never looser
@@ -136,14 +138,22 @@ def _through_affine(
     def absolute(*args: Array) -> list[Array]:
         return _absolute(equation, replaced(args, values), chosen)
 
-    centres = [((v.lower + v.upper) / 2, (v.lower_constant + v.upper_constant) / 2) for v in inputs]
-    radii = [((v.upper - v.lower) / 2, (v.upper_constant - v.lower_constant) / 2) for v in inputs]
+    centres = [
+        ((v.lower + v.upper) / 2, (v.lower_constant + v.upper_constant) / 2)
+        for v in inputs
+    ]
+    radii = [
+        ((v.upper - v.lower) / 2, (v.upper_constant - v.lower_constant) / 2)
+        for v in inputs
+    ]
     middle, middle_at = _columns(plain, centres)
     spread, spread_at = _columns(absolute, radii)
     at_zero = plain(*(jnp.zeros_like(c) for _, c in centres))
     return [
         Form(m - s, z + ma - sa, m + s, z + ma + sa)
-        for m, ma, s, sa, z in zip(middle, middle_at, spread, spread_at, at_zero, strict=True)
+        for m, ma, s, sa, z in zip(
+            middle, middle_at, spread, spread_at, at_zero, strict=True
+        )
     ]
 
 
@@ -159,7 +169,9 @@ def _absolute(equation: Equation, full: list, chosen: list[int]) -> list[Array]:
     if equation.primitive is p.neg_p:
         return [full[0]]
     if equation.primitive is p.sub_p:
-        return [sum(full[j] for j in chosen) + jnp.zeros(equation.outputs[0].aval.shape)]
+        return [
+            sum(full[j] for j in chosen) + jnp.zeros(equation.outputs[0].aval.shape)
+        ]
     if equation.primitive in BILINEAR or equation.primitive is p.div_p:
         full = [v if j in chosen else jnp.abs(v) for j, v in enumerate(full)]
     return equation.bind(*full)
@@ -174,8 +186,8 @@ def _through_lines(
     def side(line: Side, own: list, other: list) -> tuple[Array, Array]:
         columns, constant = jnp.zeros((count, *shape)), line.offset
         for slope, same, opposite in zip(line.slopes or (), own, other, strict=True):
-            slope = jnp.broadcast_to(slope, shape)
-            up, down = jnp.maximum(slope, 0.0), jnp.minimum(slope, 0.0)
+            full = jnp.broadcast_to(slope, shape)
+            up, down = jnp.maximum(full, 0.0), jnp.minimum(full, 0.0)
             columns = columns + up[None] * same[0] + down[None] * opposite[0]
             constant = constant + up * same[1] + down * opposite[1]
         return columns, constant
@@ -192,7 +204,9 @@ def _close(problem: Problem, form: Form) -> Interval:
 
     def least(columns: Array) -> Array:
         parts = jnp.split(columns, sizes)
-        rows = [v.reshape(jnp.shape(leaf)) for v, leaf in zip(parts, leaves, strict=True)]
+        rows = [
+            v.reshape(jnp.shape(leaf)) for v, leaf in zip(parts, leaves, strict=True)
+        ]
         return problem.threat.minimum(problem.x, jax.tree.unflatten(tree, rows))
 
     def each(columns: Array) -> Array:

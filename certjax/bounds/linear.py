@@ -21,23 +21,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from certjax.bounds import patches, slopes
+from certjax.bounds.convolution import convolution
 from certjax.bounds.forward import by_forward
 from certjax.bounds.interval import ibp
 from certjax.bounds.patches import Patches, Window
 from certjax.bounds.problem import (
+    intersect,
+    intersect_trees,
     MAX_BYTES,
+    mixings,
+    pose,
     Problem,
     Refine,
     Slope,
-    intersect,
-    intersect_trees,
-    mixings,
-    pose,
     solve,
     unflatten,
     values_of,
 )
-from certjax.bounds.relax import Relaxation, is_float, operands, relax
+from certjax.bounds.relax import is_float, operands, relax, Relaxation
 from certjax.threat import Box, Linf, Threat
 from certjax.types import Array, Interval, PyTree
 from certjax.walk import Equation, Node, primitives as p, read
@@ -238,8 +239,15 @@ def _sum(known: Any, part: Any) -> Any:
 def _contract(rows: Array, value: Array) -> Array:
     """`<row, value>` for each row."""
     return jnp.matmul(
-        rows.reshape(rows.shape[0], -1), value.ravel(), precision=jax.lax.Precision.HIGHEST
+        rows.reshape(rows.shape[0], -1),
+        value.ravel(),
+        precision=jax.lax.Precision.HIGHEST,
     )
+
+
+def _weigh(rows: Array, value: Array) -> Array:
+    """`_contract` of rows that are not in memory yet: the product fuses with them."""
+    return jnp.sum(rows * value[None], axis=tuple(range(1, rows.ndim)))
 
 
 def _pull_affine(
@@ -249,6 +257,10 @@ def _pull_affine(
     chosen = operands(values)
 
     def apply(*args: Array) -> list[Array]:
+        if equation.primitive is p.conv_general_dilated_p and chosen == [0]:
+            padding = equation.params["padding"]
+            shape = args[0].shape
+            return [convolution(equation.params, values[1], shape, padding)(*args)]
         full = list(values)
         for i, arg in zip(chosen, args, strict=True):
             full[i] = arg
@@ -303,11 +315,16 @@ def _through(
     relaxation: Relaxation, zeros: list[Array], rows: Array
 ) -> tuple[list[Array], Array]:
     signs = (jnp.maximum(rows, 0.0), jnp.minimum(rows, 0.0))
-    total, constant = None, 0.0
+    total, constant = None, jnp.zeros(rows.shape[0], rows.dtype)
     for part, side in zip(signs, relaxation, strict=True):
         pulled = jax.vmap(jax.vjp(side.linear, *zeros)[1])(part) if zeros else []
-        constant = constant + _contract(part, side.offset)
-        total = pulled if total is None else [a + b for a, b in zip(total, pulled, strict=True)]
+        if not side.homogeneous:
+            constant = constant + _weigh(part, side.offset)
+        total = (
+            pulled
+            if total is None
+            else [a + b for a, b in zip(total, pulled, strict=True)]
+        )
     return list(total), constant
 
 
@@ -425,7 +442,7 @@ def _shaped(found: Interval, shape: Sequence[int]) -> Interval:
 
 
 def _rows_that_fit(problem: Problem, node: Node) -> int:
-    """Rows of both signs, of which about three copies of the widest node live at once."""
+    """Rows of both signs; about three copies of the widest node live at once."""
     last = problem.positions.get(node, -1)
     past = [o for e in problem.graph.equations[: last + 1] for o in e.outputs]
     sizes = [
@@ -455,7 +472,7 @@ def enclose_output(problem: Problem, atom: Any) -> Interval:
     return intersect(known, enclose(problem, atom))
 
 
-# ------------------------------------------------------------- intervals of the operands
+# ------------------------------------------------------------ intervals of the operands
 
 
 def refinement(name: str) -> Refine:
@@ -489,7 +506,9 @@ def by_ibp(problem: Problem, node: Node) -> Interval | None:
     state = pull_back(problem, node, rows, affine_only=True)
     lower = state.constant
     for cut, coefficients in state.coefficients.items():
-        centre, radius = (problem.env[cut].upper + sign * problem.env[cut].lower for sign in (1, -1))
+        centre, radius = (
+            problem.env[cut].upper + sign * problem.env[cut].lower for sign in (1, -1)
+        )
         lower = lower + _contract(coefficients, centre / 2)
         lower = lower - _contract(jnp.abs(coefficients), radius / 2)
     low, negated = jnp.split(lower, 2)

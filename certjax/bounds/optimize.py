@@ -25,18 +25,18 @@ from certjax.bounds.linear import (
     refinement,
 )
 from certjax.bounds.problem import (
-    MAX_BYTES,
-    Problem,
-    Slope,
     default_share,
     intersect,
     intersect_trees,
+    MAX_BYTES,
     pose,
+    Problem,
+    Slope,
     solve,
     unflatten,
     values_of,
 )
-from certjax.bounds.relax import HALF, SHARED, is_float
+from certjax.bounds.relax import HALF, is_float, SHARED
 from certjax.loops import fori
 from certjax.threat import Threat
 from certjax.types import Array, Interval, PyTree

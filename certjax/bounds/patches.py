@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from certjax.bounds.problem import Problem, is_nonlinear, values_of
-from certjax.bounds.relax import Relaxation, operands
-from certjax.loops import loopable
+from certjax.bounds.convolution import convolution
+from certjax.bounds.problem import is_nonlinear, Problem, values_of
+from certjax.bounds.relax import operands, Relaxation
 from certjax.types import Array
 from certjax.walk import Equation, Node, primitives as p
 
@@ -91,8 +91,8 @@ def unfold(value: Array, window: Window) -> Array:
     """[*grid, *patch]: what lies under each window; entries outside are arbitrary."""
     value = jnp.broadcast_to(value, window.shape)
     for i, (index, axis) in enumerate(zip(window.indices(), window.space, strict=True)):
-        index = np.clip(index, 0, window.shape[axis] - 1)
-        value = jnp.take(value, index.ravel(), axis=axis + i)
+        inside = np.clip(index, 0, window.shape[axis] - 1)
+        value = jnp.take(value, inside.ravel(), axis=axis + i)
         shape = value.shape
         value = value.reshape(*shape[: axis + i], *index.shape, *shape[axis + i + 1 :])
         value = jnp.moveaxis(value, axis + i, i)
@@ -132,7 +132,11 @@ def _space(problem: Problem, node: Node) -> tuple[int, ...] | None:
     before = [a for a in equation.inputs if a in problem.graph.depends]
     if equation.primitive in RESHAPES:
         space = _space(problem, before[0])
-        return None if space is None else _moved(before[0].aval.shape, node.aval.shape, space)
+        return (
+            None
+            if space is None
+            else _moved(before[0].aval.shape, node.aval.shape, space)
+        )
     same = [a for a in before if a.aval.shape == node.aval.shape]
     if is_nonlinear(equation, values_of(problem, equation)) or not same:
         return None
@@ -152,7 +156,7 @@ def _moved(
     return tuple(there[here.index(axis)] for axis in space)
 
 
-# --------------------------------------------------------------------------- pulling back
+# ------------------------------------------------------------------------ pulling back
 
 RESHAPES = {p.reshape_p, p.squeeze_p, p.broadcast_in_dim_p}
 POINTWISE = {
@@ -203,7 +207,8 @@ def _pull_pointwise(
     if any(values[i].lower.shape != window.shape for i in chosen):
         return None
     parts = {
-        i: patches._replace(values=_scaled(equation, values, i, patches)) for i in chosen
+        i: patches._replace(values=_scaled(equation, values, i, patches))
+        for i in chosen
     }
     if len(chosen) > 1 or equation.primitive not in (p.add_p, p.sub_p):
         return parts, _nothing(patches)
@@ -238,24 +243,14 @@ def _pull_convolution(equation: Equation, values: list, patches: Patches) -> Pul
     params, (x, kernel) = equation.params, values
     numbers = params["dimension_numbers"]
     shape = x.lower.shape
-    plain = all(d == 1 for d in params["lhs_dilation"]) and shape[numbers.lhs_spec[0]] == 1
+    plain = (
+        all(d == 1 for d in params["lhs_dilation"]) and shape[numbers.lhs_spec[0]] == 1
+    )
     if not plain or params["batch_group_count"] != 1:
         return None
     window = _widened(patches.window, params, shape, kernel.shape)
 
-    def apply(v: Array) -> Array:
-        return lax.conv_general_dilated(
-            v,
-            kernel,
-            params["window_strides"],
-            [(0, 0)] * len(window.size),
-            rhs_dilation=params["rhs_dilation"],
-            dimension_numbers=numbers,
-            feature_group_count=params["feature_group_count"],
-            precision=params["precision"],
-            preferred_element_type=params["preferred_element_type"],
-        )
-
+    apply = convolution(params, kernel, window.patch, [(0, 0)] * len(window.size))
     lead = patches.values.shape[: 1 + len(window.grid)]
     rows = patches.values.reshape(-1, *patches.window.patch)
     taps = [kernel.shape[axis] for axis in numbers.rhs_spec[2:]]
@@ -274,11 +269,12 @@ def _transposed(
 ) -> Array:
     """[N, *shape]: every row through the transpose of a linear function."""
     zero = jnp.zeros(shape, rows.dtype)
+    pull = jax.vmap(lambda row: jax.vjp(apply, zero)[1](row)[0])
     if not dense:
-        return jax.vmap(lambda row: jax.vjp(loopable(apply, zero), zero)[1](row)[0])(rows)
+        return pull(rows)
     size = int(np.prod(rows.shape[1:]))
     eye = jnp.eye(size, dtype=rows.dtype).reshape(size, *rows.shape[1:])
-    matrix = jax.vmap(lambda row: jax.vjp(apply, zero)[1](row)[0])(eye)
+    matrix = pull(eye)
     product = jnp.matmul(rows.reshape(-1, size), matrix.reshape(size, -1))
     return product.reshape(-1, *shape)
 
@@ -300,9 +296,13 @@ def _widened(
     return window._replace(
         shape=tuple(shape),
         space=tuple(pick(numbers.lhs_spec[2:])),
-        size=tuple((n - 1) * s + r for n, s, r in zip(window.size, steps, reach, strict=True)),
+        size=tuple(
+            (n - 1) * s + r for n, s, r in zip(window.size, steps, reach, strict=True)
+        ),
         stride=tuple(a * s for a, s in zip(window.stride, steps, strict=True)),
-        start=tuple(a * s + b for a, s, b in zip(window.start, steps, pads, strict=True)),
+        start=tuple(
+            a * s + b for a, s, b in zip(window.start, steps, pads, strict=True)
+        ),
     )
 
 
@@ -318,9 +318,12 @@ def pull_relaxed(relaxation: Relaxation, values: list, patches: Patches) -> Pull
         under = [unfold(side.slopes[k], window)[None] for side in relaxation]
         terms = [part * slope for part, slope in zip(signs, under, strict=True)]
         parts[i] = Patches(terms[0] + terms[1], window)
-    offsets = [unfold(side.offset, window)[None] for side in relaxation]
+    total = sum(
+        part * unfold(side.offset, window)[None]
+        for part, side in zip(signs, relaxation, strict=True)
+        if not side.homogeneous
+    )
     axes = tuple(range(1 + len(window.grid), patches.values.ndim))
-    total = sum(part * offset for part, offset in zip(signs, offsets, strict=True))
     return parts, jnp.sum(total, axis=axes)
 
 
@@ -362,7 +365,9 @@ def densify(patches: Patches) -> Array:
         moved = jnp.moveaxis(jnp.moveaxis(values, here, -1), 1 + i, 0)
         shape = moved.shape
         flat = moved.reshape(shape[0], -1, shape[-1])
-        placed = jnp.einsum("nap,nph->nah", flat, place, precision=lax.Precision.HIGHEST)
+        placed = jnp.einsum(
+            "nap,nph->nah", flat, place, precision=lax.Precision.HIGHEST
+        )
         placed = placed.reshape(*shape[:-1], -1)
         values = jnp.moveaxis(jnp.moveaxis(placed, 0, 1 + i), -1, here)
     return values.reshape(-1, *window.shape)

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from certjax.bounds.affine import MIXING, is_affine
+from certjax.bounds.affine import is_affine, MIXING
 from certjax.bounds.interval import interval_step
 from certjax.bounds.relax import (
-    Relaxation,
     bent_interval,
     is_float,
     operands,
     relax,
+    Relaxation,
 )
 from certjax.bounds.rewrite import prepare
 from certjax.threat import Threat
@@ -60,7 +60,9 @@ def pose(
     inputs = map(Interval, jax.tree.leaves(box.lower), jax.tree.leaves(box.upper))
     env = dict(zip(graph.inputs, inputs, strict=True))
     positions = {
-        node: i for i, equation in enumerate(graph.equations) for node in equation.outputs
+        node: i
+        for i, equation in enumerate(graph.equations)
+        for node in equation.outputs
     }
     return Problem(graph, threat, x, env, {}, positions, slope, max_bytes), tree
 
@@ -154,4 +156,6 @@ def intersect_trees(known: Interval, found: Interval) -> Interval:
 
 def unflatten(tree: Any, found: Sequence[Interval]) -> Interval:
     """A list of intervals as an interval of two trees."""
-    return Interval(*(jax.tree.unflatten(tree, ends) for ends in zip(*found, strict=True)))
+    return Interval(
+        *(jax.tree.unflatten(tree, ends) for ends in zip(*found, strict=True))
+    )

@@ -16,6 +16,7 @@ arXiv:2002.06622 (attention).
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -33,11 +34,13 @@ class Side(NamedTuple):
     """The affine function `linear(*operands) + offset` of the bounded operands.
 
     slopes: where `linear` is elementwise, the multiplier of each operand.
+    homogeneous: the offset is known to be 0, and need not be summed up.
     """
 
     linear: Callable[..., Array]
     offset: Array
     slopes: tuple[Array, ...] | None = None
+    homogeneous: bool = False
 
 
 class Relaxation(NamedTuple):
@@ -90,9 +93,7 @@ def is_float(value: Any) -> bool:
 def operands(values: list) -> list[int]:
     """Positions of the operands that a relaxation is a function of."""
     return [
-        i
-        for i, v in enumerate(values)
-        if isinstance(v, Interval) and is_float(v.lower)
+        i for i, v in enumerate(values) if isinstance(v, Interval) and is_float(v.lower)
     ]
 
 
@@ -132,7 +133,7 @@ def _flip(relaxation: Relaxation) -> Relaxation:
     return Relaxation(negate(relaxation.upper), negate(relaxation.lower))
 
 
-# ------------------------------------------------------------- two half-lines and a bend
+# ----------------------------------------------------------- two half-lines and a bend
 
 
 def _bent_lines(x: Interval, left: Array, right: Array, share: Array) -> Relaxation:
@@ -153,6 +154,7 @@ def _bent_lines(x: Interval, left: Array, right: Array, share: Array) -> Relaxat
     convex = jnp.broadcast_to(jnp.asarray(left <= right), slope.shape)
     if isinstance(left, int | float) and isinstance(right, int | float):
         pair = _lines((bend, zero), (slope, offset))
+        pair = pair._replace(lower=pair.lower._replace(homogeneous=True))
         return pair if left <= right else Relaxation(pair.upper, pair.lower)
     return _lines(
         (jnp.where(convex, bend, slope), jnp.where(convex, zero, offset)),
@@ -223,7 +225,7 @@ def _leaky_relu(_: Equation, values: list, share: Array) -> Relaxation:
 BENT.update({p.max_p, p.min_p, greater, lesser, p.abs_p, composite.leaky_relu})
 
 
-# ---------------------------------------------------------------------- smooth functions
+# -------------------------------------------------------------------- smooth functions
 
 NARROW = 1e-4  # relative width under which a chord's slope would be mostly rounding
 
@@ -383,6 +385,7 @@ def _log_of_sum(_: Equation, values: list, share: Array) -> Relaxation:
         (total.lower > 0) & jnp.isfinite(total.upper),
         Interval(*ends),
     )
+
     def side(line: Side) -> Side:
         def linear(_: Array, witness: Array) -> Array:
             return witness[0] + line.linear(witness[1])
@@ -392,7 +395,7 @@ def _log_of_sum(_: Equation, values: list, share: Array) -> Relaxation:
     return Relaxation(*map(side, pair))
 
 
-# ------------------------------------------------- functions that bend one way, then back
+# ---------------------------------------------- functions that bend one way, then back
 
 GRID = 16  # cells of an interval among which the touching points are sought
 BISECTIONS = 16
@@ -469,7 +472,7 @@ def _extreme_by_pieces(
     knots = [x.lower, *(jnp.clip(k, x.lower, x.upper) for k in inflections), x.upper]
     for knot in knots[1:-1]:
         best = jnp.maximum(best, jnp.where(_inside(knot, x), g(knot), best))
-    for left, right in zip(knots, knots[1:], strict=False):
+    for left, right in pairwise(knots):
         best = jnp.maximum(best, _stationary(g, rise, left, right, best))
     return best
 
@@ -550,7 +553,7 @@ def _wave_extreme(
     return best
 
 
-# ---------------------------------------------------------------- products, choices, max
+# -------------------------------------------------------------- products, choices, max
 
 
 def _split(values: list) -> tuple[list[Array], list[Array]]:
@@ -601,10 +604,14 @@ def _select(equation: Equation, values: list, _: Array) -> Relaxation:
             for w, v in zip(weights, cases, strict=True)
             if not isinstance(v, Interval)
         )
-        chosen = [w for w, v in zip(weights, cases, strict=True) if isinstance(v, Interval)]
+        chosen = [
+            w for w, v in zip(weights, cases, strict=True) if isinstance(v, Interval)
+        ]
 
         def linear(*operands: Array) -> Array:
-            terms = [jnp.where(w, v, 0.0) for w, v in zip(chosen, operands, strict=True)]
+            terms = [
+                jnp.where(w, v, 0.0) for w, v in zip(chosen, operands, strict=True)
+            ]
             return sum(terms, jnp.zeros_like(end))
 
         return Side(linear, jnp.where(undecided, end, constant).astype(end.dtype))
@@ -623,9 +630,7 @@ def _reduce_max(equation: Equation, values: list, _: Array) -> Relaxation:
     top = (x.lower == floor).astype(x.lower.dtype)
     weights = top / jnp.sum(top, axis=axes, keepdims=True)
     slopes, offset = _above_maximum(x, floor, axes)
-    below = Side(
-        lambda v: jnp.sum(weights * v, axis=axes), jnp.zeros_like(offset)
-    )
+    below = Side(lambda v: jnp.sum(weights * v, axis=axes), jnp.zeros_like(offset))
     above = Side(lambda v: jnp.sum(slopes * v, axis=axes), offset)
     if not least:
         return Relaxation(below, above)

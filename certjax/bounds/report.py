@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from certjax.bounds import slopes
 from certjax.bounds.interval import ACTIVATIONS, interval_step
 from certjax.bounds.linear import refinement
 from certjax.bounds.problem import MAX_BYTES, pose, solve, values_of
 from certjax.bounds.relax import bent_interval
-from certjax.bounds import slopes
 from certjax.threat import Threat
 from certjax.types import Array, Interval, PyTree
 from certjax.walk import environment, read

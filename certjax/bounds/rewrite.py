@@ -116,7 +116,9 @@ class _Writer:
 
     def splice(self, function: Callable, equation: Equation) -> Atom:
         """Append the equations of a function of the equation's operands."""
-        like = [jax.ShapeDtypeStruct(a.aval.shape, a.aval.dtype) for a in equation.inputs]
+        like = [
+            jax.ShapeDtypeStruct(a.aval.shape, a.aval.dtype) for a in equation.inputs
+        ]
         graph, _ = trace(function, *like)
         self.names.update(zip(graph.inputs, equation.inputs, strict=True))
         for step in graph.equations:
@@ -140,9 +142,7 @@ def rewrites(*primitives: Any) -> Callable:
 greater = Composite("greater", lambda a, b, _: jnp.maximum(a, b))
 lesser = Composite("lesser", lambda a, b, _: jnp.minimum(a, b))
 # log sum e^x = mean + log sum e^(x - mean), relaxed in the mean and the sum
-log_of_sum = Composite(
-    "log_of_sum", lambda x, _, axis: jax.nn.logsumexp(x, axis=axis)
-)
+log_of_sum = Composite("log_of_sum", lambda x, _, axis: jax.nn.logsumexp(x, axis=axis))
 
 
 @interval.register(greater, lesser, log_of_sum)
@@ -215,7 +215,9 @@ def _quotient(equation: Equation, bounded: list[bool]) -> Rewritten | None:
 @rewrites(p.mul_p)
 def _product(equation: Equation, _: list[bool]) -> Rewritten | None:
     same = equation.inputs[0] is equation.inputs[1]
-    return Rewritten(lambda x, _: lax.square(x)) if same and _is_float(equation) else None
+    return (
+        Rewritten(lambda x, _: lax.square(x)) if same and _is_float(equation) else None
+    )
 
 
 @rewrites(p.clamp_p)
@@ -277,9 +279,7 @@ def _windows(x: Array, params: dict) -> Array:
     """
     size, strides = params["window_dimensions"], params["window_strides"]
     x = jnp.pad(x, params["padding"], mode="edge")
-    steps = [
-        (n - k) // s + 1 for n, k, s in zip(x.shape, size, strides, strict=True)
-    ]
+    steps = [(n - k) // s + 1 for n, k, s in zip(x.shape, size, strides, strict=True)]
     shifted: list[Array] = []
     for start in np.ndindex(*size):
         ends = [
