@@ -40,9 +40,9 @@ def exact_tail(successes: int, trials: int, p: float) -> Fraction:
 
 
 def precise_tail(successes: int, trials: int, p: float):
-    """The same in 60 digits, summing from `successes` upwards; p below the mean."""
+    """The same in 45 digits, summing from `successes` upwards; p below the mean."""
     mpmath = pytest.importorskip("mpmath")
-    with mpmath.workdps(60):
+    with mpmath.workdps(45):
         q = mpmath.mpf(p)
         log = mpmath.loggamma(trials + 1) - mpmath.loggamma(successes + 1)
         log -= mpmath.loggamma(trials - successes + 1)
@@ -52,7 +52,7 @@ def precise_tail(successes: int, trials: int, p: float):
         for i in range(successes, trials):
             term *= odds * (trials - i) / (i + 1)
             total += term
-            if term < total * mpmath.mpf(10) ** -40:
+            if term < total * mpmath.mpf(10) ** -30:
                 break
         return total
 
@@ -72,7 +72,7 @@ def test_lower_bound_is_exact_for_all_counts(trials, alpha):
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("trials", [10**4, 10**5, 10**6, 2**30])
 def test_lower_bound_never_exceeds_the_exact_one(trials, alpha):
-    shares = np.random.default_rng(trials).uniform(0, 1, 2)
+    shares = np.random.default_rng(trials).uniform(0, 1, 1)
     chosen = {1, 2, 100, trials - 100, trials - 1, trials, trials // 2}
     chosen |= set() if trials > 10**6 else {int(s * trials) for s in shares}
     for k in chosen if trials <= 10**6 else chosen - {trials // 2}:

@@ -2,7 +2,7 @@
 
 No jax here: the probabilistic claim of a certificate can be audited from this file
 alone. Every lower bound is rounded down and every upper bound up by more than the
-error of scipy's incomplete beta functions (measured against 60-digit arithmetic in
+error of scipy's incomplete beta functions (measured against 45-digit arithmetic in
 tests/test_confidence.py), so no number exceeds the exact one.
 """
 
