@@ -3,7 +3,7 @@
 Each rule returns an interval that contains the exact result AND every result that a
 float program may return for operands inside their intervals: any order of summation,
 fused multiply-adds or not, subnormals kept or flushed, sums and products of constants
-reassociated as XLA does. The rule's own rounding is included. certjax/bounds/float_soundness.md
+reassociated as XLA does. The rule's own rounding is included. float_soundness.md
 states the model, its assumptions and the proofs; names here follow it:
 
     u      unit roundoff (2^-24 in float32)         tiny   smallest normal number
@@ -62,7 +62,7 @@ def sound_ibp(f: Callable[[PyTree], PyTree]) -> Callable[[Threat, PyTree], Inter
     """`ibp(f, sound=True)`: encloses what a float evaluation of `f` can return.
 
     For every representable point z of the set, any float program for f in the model of
-    certjax/bounds/float_soundness.md returns a value in [lower, upper]. Where the program may
+    float_soundness.md returns a value in [lower, upper]. Where the program may
     return NaN the bounds are NaN; where it may overflow they are infinite.
 
     Raises:
