@@ -37,6 +37,17 @@ from certjax.training.schedules import (
     smoothed_ramp as smoothed_ramp,
     tied as tied,
 )
+from certjax.training.smoothed import (
+    catrs as catrs,
+    consistency as consistency,
+    gaussian_augmentation as gaussian_augmentation,
+    macer as macer,
+    noisy_ddn as noisy_ddn,
+    noisy_pgd as noisy_pgd,
+    smooth_adversarial as smooth_adversarial,
+    smoothmix as smoothmix,
+    stability as stability,
+)
 from certjax.training.step import (
     initial_state as initial_state,
     train_step as train_step,
