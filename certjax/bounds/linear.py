@@ -39,6 +39,7 @@ from certjax.bounds.problem import (
     values_of,
 )
 from certjax.bounds.relax import is_float, operands, relax, Relaxation
+from certjax.bounds.rounding_linear import sound_crown
 from certjax.threat import Box, Linf, Threat
 from certjax.types import Array, Interval, PyTree
 from certjax.walk import Equation, Node, primitives as p, read
@@ -53,6 +54,7 @@ def crown(
     *,
     slope: Slope = slopes.adaptive,
     max_bytes: int = MAX_BYTES,
+    sound: bool = False,
 ) -> Bound:
     """Sound elementwise bounds of `f` over a threat set, by linear relaxation.
 
@@ -67,6 +69,8 @@ def crown(
         functions, from `slopes`; any value in [0, 1] is sound.
       max_bytes: what the coefficients of ONE example may occupy at a time; rows are
         taken in chunks that fit, with the same result.
+      sound: enclose whatever a float evaluation of f returns, in any order of
+        summation, not only the exact values; float_soundness.md states the model.
 
     Returns:
       `bound(threat, x) -> Interval`, lower and upper each like f(x).
@@ -75,6 +79,8 @@ def crown(
       UnsupportedPrimitive: f uses an operation without an interval rule.
       ValueError: unknown `intermediate`, or not even one row fits into `max_bytes`.
     """
+    if sound:
+        return sound_crown(f, intermediate, slope=slope, max_bytes=max_bytes)
     refine = refinement(intermediate)
 
     def bound(threat: Threat, x: PyTree) -> Interval:
