@@ -39,7 +39,8 @@ def carlini_wagner(
 ) -> Attack:
     """Carlini & Wagner's attack in tanh space with Adam, in l2 or linf.
 
-    Each search starts at the nearest point of the searches before. A search ends early for an example that is broken and whose loss no longer falls.
+    Each search starts at the nearest point of the searches before, and ends early for
+    an example that is broken and whose loss no longer falls.
 
     Args:
       threat: L2 or Linf names the norm, and the domain.

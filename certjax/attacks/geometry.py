@@ -11,7 +11,7 @@ from certjax.threat import L1, L2, Linf
 from certjax.types import Array, Scalar
 
 
-BISECTIONS = 30  # halvings: 1e-9 of the starting interval
+BISECTIONS = 16
 NEWTON_STEPS = 15
 
 
@@ -29,18 +29,6 @@ def dual_size(norm: type, g: Array) -> Array:
     return size({Linf: L1, L1: Linf}.get(norm, L2), g)
 
 
-def bisect(above, lower: Array, upper: Array) -> Array:  # noqa: ANN001
-    """The smallest t of a bracket where the predicate `above(t)` is no longer true."""
-
-    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
-        lower, upper = bracket
-        middle = 0.5 * (lower + upper)
-        high = above(middle)
-        return jnp.where(high, middle, lower), jnp.where(high, upper, middle)
-
-    return jax.lax.fori_loop(0, BISECTIONS, halve, (lower, upper))[1]
-
-
 def into_l1_box(threat: L1, x: Array, z: Array, eps: Scalar) -> Array:
     """The point nearest to z in the l1 ball of radius eps cut with the domain.
 
@@ -56,10 +44,19 @@ def into_l1_box(threat: L1, x: Array, z: Array, eps: Scalar) -> Array:
     def cut(threshold: Array) -> Array:
         return jnp.clip(jnp.abs(delta) - threshold, 0.0, jnp.maximum(room, 0.0))
 
+    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+        lower, upper = bracket
+        middle = 0.5 * (lower + upper)
+        long = jnp.sum(cut(middle)) > eps
+        return jnp.where(long, middle, lower), jnp.where(long, upper, middle)
+
     most = jnp.max(jnp.abs(delta))
-    threshold = bisect(lambda t: jnp.sum(cut(t)) > eps, jnp.zeros_like(most), most)
-    fits = jnp.sum(cut(0.0)) <= eps
-    return x + jnp.sign(delta) * cut(jnp.where(fits, 0.0, threshold))
+    ends = jax.lax.fori_loop(0, BISECTIONS, halve, (jnp.zeros_like(most), most))
+    # the length is linear between breakpoints: the last bracket is interpolated
+    long, short = (jnp.sum(cut(end)) for end in ends)
+    share = (long - eps) / jnp.where(long > short, long - short, 1.0)
+    threshold = ends[0] + jnp.clip(share, 0.0, 1.0) * (ends[1] - ends[0])
+    return x + jnp.sign(delta) * cut(threshold)
 
 
 def to_hyperplane(
@@ -87,14 +84,22 @@ def _newton(slopes: Array, weights: Array, room: Array, gap: Array) -> Array:
     from below, passing at least one breakpoint each.
     """
 
-    def step(_: int, r: Array) -> Array:
+    def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        i, _, r = state
         free = r * weights < room
         moved = jnp.sum(slopes * jnp.where(free, r * weights, room))
         rate = jnp.sum(jnp.where(free, slopes * weights, 0.0))
         safe = jnp.where(rate > 0, rate, 1.0)
-        return jnp.where(rate > 0, r + jnp.maximum(gap - moved, 0.0) / safe, r)
+        further = jnp.where(rate > 0, jnp.maximum(gap - moved, 0.0) / safe, 0.0)
+        return i + 1, r, r + further
 
-    r = jax.lax.fori_loop(0, NEWTON_STEPS, step, jnp.zeros_like(gap))
+    def moves(state: tuple[Array, Array, Array]) -> Array:
+        i, before, r = state
+        return (i < NEWTON_STEPS) & (r > before * (1 + 1e-6))
+
+    none = jnp.zeros_like(gap)
+    start = step((jnp.int32(0), none, none))
+    r = jax.lax.while_loop(moves, step, start)[2]
     return jnp.minimum(r * weights, room)
 
 

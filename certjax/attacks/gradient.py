@@ -23,7 +23,7 @@ from certjax.attacks.search import (
     unit,
 )
 from certjax.loops import fori
-from certjax.threat import L1, Threat
+from certjax.threat import L1, L2, Threat
 from certjax.types import Array, Attack, Classifier, Key, Scalar
 
 
@@ -101,7 +101,7 @@ def pgd(  # noqa: PLR0913
 
         def restart(i: int, best: Judged) -> Judged:
             own = jax.random.fold_in(key, i)
-            start = threat.sample(own, x) if random_start else threat.project(x, x)
+            start = _start(threat, own, x) if random_start else threat.project(x, x)
             state = start, jnp.zeros_like(x), best
             z, _, best = fori(steps, functools.partial(run, own), state)
             return keep(best, at(z))
@@ -149,6 +149,19 @@ def _transfer(threat: Threat, steps: int, momentum: float, *, nesterov: bool) ->
         )(key, f, x, label)
 
     return attack
+
+
+def _start(threat: Threat, key: Key, x: Array) -> Array:
+    """A random point of the set; in l2 and l1 at a uniformly drawn distance.
+
+    Nearly all of a high-dimensional ball lies at its surface, from where the attack
+    would first have to undo the noise.
+    """
+    start = threat.sample(key, x)
+    if not isinstance(threat, L2 | L1):
+        return start
+    share = jax.random.uniform(jax.random.fold_in(key, 1), (), x.dtype)
+    return threat.project(x, x + share * (start - x))
 
 
 def _step_length(
