@@ -1,6 +1,8 @@
 """Imports of certjax point strictly down, as read from the source by `ast`."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,7 +79,16 @@ def test_statistics_of_smoothing_import_no_jax():
 
 
 def test_library_needs_no_runner_library():
-    """The library never imports what only the entry points need."""
-    runners = {"hydra", "omegaconf", "wandb", "orbax", "rich", "matplotlib", "sklearn"}
+    """The library never imports what only the entry points need.
+
+    matplotlib is loaded by the one function that draws, when it is called.
+    """
+    runners = {"hydra", "omegaconf", "wandb", "orbax", "rich", "sklearn"}
     for path in (p for p in FILES if p.is_relative_to(ROOT / "certjax")):
         assert not {m.split(".")[0] for m in imported(path)} & runners, path
+
+
+def test_importing_the_library_does_not_load_matplotlib():
+    code = "import certjax.bounds, certjax.attacks, certjax.training, sys"
+    code += "; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
