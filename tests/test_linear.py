@@ -8,18 +8,18 @@ import scipy.optimize
 from jax import lax
 
 from certjax.bounds import (
-    Interval,
     alpha_crown,
     best,
     crown,
     forward,
     fused_cross_entropy,
     ibp,
+    Interval,
     plot,
     report,
 )
 from certjax.specification import margins
-from certjax.threat import L1, L2, Box, Linf
+from certjax.threat import Box, L1, L2, Linf
 
 
 KEYS = jax.random.split(jax.random.key(3), 8)
@@ -62,7 +62,9 @@ def check_no_looser(inner, outer, slack=EXACT):
 def conv(x, w, stride=1, padding="SAME", **kw):
     numbers = ("NHWC", "HWIO", "NHWC")
     strides = (stride, stride)
-    out = lax.conv_general_dilated(x[None], w, strides, padding, dimension_numbers=numbers, **kw)  # fmt: skip
+    out = lax.conv_general_dilated(
+        x[None], w, strides, padding, dimension_numbers=numbers, **kw
+    )
     return out[0]
 
 
@@ -98,16 +100,24 @@ OPERATIONS = {
     "layernorm": lambda h: (h - h.mean()) / jnp.sqrt(h.var() + 0.1),
     "concatenate": lambda h: jnp.concatenate([jax.nn.relu(h[:3]), h[3:]]),
     "strided slice, flip": lambda h: jnp.repeat(jax.nn.relu(h)[::-2], 2),
-    "pad, cumsum, sort": lambda h: jnp.sort(jnp.cumsum(jnp.pad(jax.nn.relu(h[:5]), (0, 1)))),
-    "einsum": lambda h: jnp.einsum("ij,kj->ik", h.reshape(3, 2), h[:4].reshape(2, 2)).ravel(),
-    "gather, where": lambda h: jnp.where(V[:, 0] > 0, h[jnp.array([2, 0, 1, 1, 5, 4])], jax.nn.relu(h)),
+    "pad, cumsum, sort": lambda h: jnp.sort(
+        jnp.cumsum(jnp.pad(jax.nn.relu(h[:5]), (0, 1)))
+    ),
+    "einsum": lambda h: jnp.einsum(
+        "ij,kj->ik", h.reshape(3, 2), h[:4].reshape(2, 2)
+    ).ravel(),
+    "gather, where": lambda h: jnp.where(
+        V[:, 0] > 0, h[jnp.array([2, 0, 1, 1, 5, 4])], jax.nn.relu(h)
+    ),
     "where, undecided": lambda h: jnp.where(h > 0, h, 0.2 * h),
     "reduce max": lambda h: h - jnp.max(h),
-    "scan": lambda h: lax.scan(lambda c, r: (jax.nn.relu(c + r), c), h[:2], h.reshape(3, 2))[1].ravel(),
+    "scan": lambda h: lax.scan(
+        lambda c, r: (jax.nn.relu(c + r), c), h[:2], h.reshape(3, 2)
+    )[1].ravel(),
     "remat": jax.checkpoint(jax.nn.relu),
     "residual": lambda h: h + jax.nn.relu(h @ W.T @ W),
     "floor": lambda h: h - jnp.floor(h),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -118,7 +128,11 @@ def test_probe(name):
 
     @jax.jit
     def bounds(x):
-        return ibp(f)(threat, x), crown(f)(threat, x), alpha_crown(f, steps=3)(threat, x)
+        return (
+            ibp(f)(threat, x),
+            crown(f)(threat, x),
+            alpha_crown(f, steps=3)(threat, x),
+        )
 
     plain, linear, ascended = bounds(X)
     for found in (linear, ascended):
@@ -129,14 +143,35 @@ def test_probe(name):
 
 IMAGES = {
     "two convolutions": lambda x: conv(jax.nn.relu(conv(x, K, 2)), K2, padding="VALID"),
-    "dilated, padded": lambda x: conv(jnp.tanh(conv(x, K, padding=[(1, 0), (0, 2)], rhs_dilation=(2, 2))), K2, 2),
-    "grouped": lambda x: conv(jax.nn.relu(conv(x, K[:, :, :1], feature_group_count=2)), K2),
-    "transposed": lambda x: conv(jax.nn.relu(conv(x, K, padding=[(1, 1), (1, 1)], lhs_dilation=(2, 2))), K2, 3),
-    "residual": lambda x: conv(jax.nn.relu(x + conv(jax.nn.relu(conv(x, K)), K.swapaxes(2, 3))), K, 2),
-    "max pool": lambda x: conv(lax.reduce_window(conv(x, K), -jnp.inf, lax.max, (3, 3, 1), (2, 2, 1), "SAME"), K2),
-    "average pool": lambda x: conv(lax.reduce_window(jax.nn.relu(conv(x, K)), 0.0, lax.add, (2, 2, 1), (2, 2, 1), "VALID"), K2),
-    "normalised": lambda x: conv(jax.nn.relu((conv((x - 0.4) / 0.3, K) - 0.1) * jnp.arange(1.0, 5.0).reshape(1, 1, 4)), K2),
-}  # fmt: skip
+    "dilated, padded": lambda x: conv(
+        jnp.tanh(conv(x, K, padding=[(1, 0), (0, 2)], rhs_dilation=(2, 2))), K2, 2
+    ),
+    "grouped": lambda x: conv(
+        jax.nn.relu(conv(x, K[:, :, :1], feature_group_count=2)), K2
+    ),
+    "transposed": lambda x: conv(
+        jax.nn.relu(conv(x, K, padding=[(1, 1), (1, 1)], lhs_dilation=(2, 2))), K2, 3
+    ),
+    "residual": lambda x: conv(
+        jax.nn.relu(x + conv(jax.nn.relu(conv(x, K)), K.swapaxes(2, 3))), K, 2
+    ),
+    "max pool": lambda x: conv(
+        lax.reduce_window(conv(x, K), -jnp.inf, lax.max, (3, 3, 1), (2, 2, 1), "SAME"),
+        K2,
+    ),
+    "average pool": lambda x: conv(
+        lax.reduce_window(
+            jax.nn.relu(conv(x, K)), 0.0, lax.add, (2, 2, 1), (2, 2, 1), "VALID"
+        ),
+        K2,
+    ),
+    "normalised": lambda x: conv(
+        jax.nn.relu(
+            (conv((x - 0.4) / 0.3, K) - 0.1) * jnp.arange(1.0, 5.0).reshape(1, 1, 4)
+        ),
+        K2,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -161,8 +196,10 @@ def net(x, w=W):
 
 
 @pytest.mark.parametrize(
-    "threat", [Linf(0.1), L2(0.2), L1(0.3), Box(X - 0.1, X + 0.2)], ids=["linf", "l2", "l1", "box"]
-)  # fmt: skip
+    "threat",
+    [Linf(0.1), L2(0.2), L1(0.3), Box(X - 0.1, X + 0.2)],
+    ids=["linf", "l2", "l1", "box"],
+)
 def test_threats(threat):
     found = jax.jit(lambda x: crown(net)(threat, x))(X)
     check(found, net, threat, X)
@@ -260,8 +297,11 @@ def test_fused_loss_bounds_the_worst_case():
     outs = jax.vmap(net)(points(threat, X, 2000))
     worst = jnp.max(jax.nn.logsumexp(outs, axis=1) - outs[:, label])
     assert loss >= worst - EXACT
-    gradient = jax.grad(lambda w: fused_cross_entropy(lambda x: net(x, w), 1)(threat, X))(W)
-    assert jnp.isfinite(gradient).all() and jnp.abs(gradient).max() > 0
+    gradient = jax.grad(
+        lambda w: fused_cross_entropy(lambda x: net(x, w), 1)(threat, X)
+    )(W)
+    assert jnp.isfinite(gradient).all()
+    assert jnp.abs(gradient).max() > 0
 
 
 def test_report_counts_and_compares():
@@ -274,49 +314,59 @@ def test_report_counts_and_compares():
     assert len(plot(layers).axes) == 2
 
 
-# ------------------------------------------------------------------------- exact answers
+# ------------------------------------------------------------------------ exact answers
+
+
+def hidden_intervals(weights, biases, low, high):
+    """Pre-activation intervals of every hidden layer, for big-M."""
+    layers = []
+    for w, b in zip(weights[:-1], biases[:-1], strict=True):
+        centre, radius = (low + high) / 2 @ w + b, (high - low) / 2 @ abs(w)
+        layers.append((centre - radius, centre + radius))
+        low, high = (np.maximum(v, 0) for v in layers[-1])
+    return layers
+
+
+def relu_rows(w, b, interval, places, total):
+    """`z = relu(w x + b)` with a binary a: triples of below <= row <= above."""
+    before, z, a = places
+    ends = np.minimum(interval[0], 0), np.maximum(interval[1], 0)
+    for j, (low, high) in enumerate(zip(*ends, strict=True)):
+        row = np.zeros(total)
+        row[before : before + w.shape[0]], row[z + j] = -w[:, j], 1
+        yield row.copy(), b[j], np.inf  # z >= w x + b
+        row[a + j] = -low
+        yield row, -np.inf, b[j] - low  # z <= w x + b - low (1 - a)
+        gate = np.zeros(total)
+        gate[z + j], gate[a + j] = 1, -high
+        yield gate, -np.inf, 0  # z <= high a
 
 
 def exact_minimum(weights, biases, row, low, high):
     """min of row @ net over a box by mixed-integer programming (big-M relu)."""
-    shapes = [w.shape for w in weights]
-    layers, lo, hi = [], low, high
-    for w, b in zip(weights[:-1], biases[:-1], strict=True):
-        c, r = (lo + hi) / 2 @ w + b, (hi - lo) / 2 @ abs(w)
-        layers.append((c - r, c + r))
-        lo, hi = np.maximum(c - r, 0), np.maximum(c + r, 0)
-    # variables: x, then for each hidden layer z (post-activation) and a (binary)
-    sizes = [shapes[0][0], *(n for s in shapes[:-1] for n in (s[1], s[1]))]
-    start = np.cumsum([0, *sizes])
-    total = start[-1]
-    rows, below, above = [], [], []
-    bounds_low, bounds_high, integer = np.zeros(total), np.ones(total), np.zeros(total)
-    bounds_low[: sizes[0]], bounds_high[: sizes[0]] = low, high
-    before = 0
-    for k, (w, b) in enumerate(zip(weights[:-1], biases[:-1], strict=True)):
-        (pl, pu), z, a = layers[k], start[1 + 2 * k], start[2 + 2 * k]
-        n = w.shape[1]
-        integer[a : a + n] = 1
-        bounds_high[z : z + n] = np.maximum(pu, 0)
-        for j in range(n):
-            base = np.zeros(total)
-            base[before : before + w.shape[0]] = -w[:, j]
-            base[z + j] = 1
-            rows.append(base.copy())  # z - w x >= b
-            below.append(b[j]), above.append(np.inf)
-            base[a + j] = -min(pl[j], 0)
-            rows.append(base)  # z - w x - l a <= b - l
-            below.append(-np.inf), above.append(b[j] - min(pl[j], 0))
-            gate = np.zeros(total)
-            gate[z + j], gate[a + j] = 1, -max(pu[j], 0)
-            rows.append(gate)  # z <= u a
-            below.append(-np.inf), above.append(0)
+    layers = hidden_intervals(weights, biases, low, high)
+    # variables: x, then for each hidden layer its values z and the binaries a
+    widths = [n for w in weights[:-1] for n in (w.shape[1],) * 2]
+    start = np.cumsum([0, len(low), *widths])
+    lower, upper, binary = (f(start[-1]) for f in (np.zeros, np.ones, np.zeros))
+    lower[: len(low)], upper[: len(low)] = low, high
+    rows, before = [], 0
+    for k, interval in enumerate(layers):
+        z, a = start[1 + 2 * k : 3 + 2 * k]
+        binary[a : start[3 + 2 * k]] = 1
+        upper[z:a] = np.maximum(interval[1], 0)
+        rows += relu_rows(weights[k], biases[k], interval, (before, z, a), start[-1])
         before = z
-    cost = np.zeros(total)
-    cost[before : before + shapes[-1][0]] = weights[-1] @ row
-    constraint = scipy.optimize.LinearConstraint(np.array(rows), below, above)
-    box = scipy.optimize.Bounds(bounds_low, bounds_high)
-    solved = scipy.optimize.milp(cost, constraints=constraint, bounds=box, integrality=integer)
+    cost = np.zeros(start[-1])
+    cost[before : before + len(weights[-1])] = weights[-1] @ row
+    solved = scipy.optimize.milp(
+        cost,
+        constraints=scipy.optimize.LinearConstraint(
+            *map(np.array, zip(*rows, strict=True))
+        ),
+        bounds=scipy.optimize.Bounds(lower, upper),
+        integrality=binary,
+    )
     assert solved.success
     return solved.fun + biases[-1] @ row
 
@@ -334,8 +384,12 @@ def test_bounds_against_the_exact_minimum(eps):
 
     x = np.full(3, 0.5, np.float32)
     exact = Interval(
-        np.array([exact_minimum(weights, biases, r, x - eps, x + eps) for r in np.eye(2)]),
-        -np.array([exact_minimum(weights, biases, -r, x - eps, x + eps) for r in np.eye(2)]),
+        np.array(
+            [exact_minimum(weights, biases, r, x - eps, x + eps) for r in np.eye(2)]
+        ),
+        -np.array(
+            [exact_minimum(weights, biases, -r, x - eps, x + eps) for r in np.eye(2)]
+        ),
     )
     found = crown(f)(Linf(eps), x)
     ascended = alpha_crown(f, steps=30)(Linf(eps), x)

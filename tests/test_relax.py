@@ -75,7 +75,9 @@ ELEMENTWISE = {
 def only_equation(f, x):
     """The one nonlinear equation of f, and the values of its operands."""
     graph, _ = prepare(f, x.lower)
-    (equation,) = [e for e in graph.equations if e.inputs[0] in graph.depends or len(e.inputs) > 1 and e.inputs[1] in graph.depends]  # fmt: skip
+    (equation,) = [
+        e for e in graph.equations if any(a in graph.depends for a in e.inputs)
+    ]
     values = [x if a in graph.depends else a.value for a in equation.inputs]
     assert is_nonlinear(equation, values)
     return equation, values
@@ -97,7 +99,9 @@ def lines_at(f, x, shares):
         replaced = [x if isinstance(v, Interval) else v for v in values]
         zero = jnp.zeros_like(x.lower)
         sides = relax(equation, replaced, share)
-        return jnp.stack([jnp.stack([s.slopes[0] + zero, s.offset + zero]) for s in sides])
+        return jnp.stack(
+            [jnp.stack([s.slopes[0] + zero, s.offset + zero]) for s in sides]
+        )
 
     def total(x, shares):
         found = jax.vmap(lines, (None, 0))(x, shares)

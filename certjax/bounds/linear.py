@@ -98,10 +98,12 @@ def crown(
 class Rows(NamedTuple):
     """`sum_node <coefficients[node], node> + constant`, for each of R rows.
 
-    coefficients: node -> [R, *node].  constant: [R].
+    coefficients: node -> [R, *node]; or, while all of them are local, `Patches` with
+      R channels at every position.
+    constant: [R], with patches [R, *grid or 1s].
     """
 
-    coefficients: dict[Node, Array]
+    coefficients: dict[Node, Any]
     constant: Array
 
 
@@ -223,23 +225,24 @@ def _both_signs(c: Any) -> Any:
 
 
 def _add(state: Rows, equation: Equation, parts: dict[int, Any], more: Array) -> Rows:
+    """The rows with more coefficients of an equation's operands."""
     state = state._replace(constant=state.constant + more)
+    sums = dict(state.coefficients)
     for i, part in parts.items():
         node = equation.inputs[i]
-        known = state.coefficients.get(node)
-        total = part if known is None else _sum(known, part)
-        if total is None:
-            state = spread(state)
-            total = state.coefficients[node] + _dense(part)
-        state.coefficients[node] = total
-    return state
+        known = sums.get(node)
+        local = isinstance(part, Patches)
+        sums[node] = patches.add(known, part) if local else _plus(known, part)
+    if all(c is not None for c in sums.values()):
+        return state._replace(coefficients=sums)
+    # windows that do not line up: everything as images
+    images = {i: patches.densify(part) for i, part in parts.items()}
+    state = spread(state)
+    return _add(state, equation, images, jnp.zeros_like(state.constant))
 
 
-def _sum(known: Any, part: Any) -> Any:
-    both = isinstance(known, Patches) and isinstance(part, Patches)
-    if both:
-        return patches.add(known, part)
-    return _dense(known) + _dense(part)
+def _plus(known: Array | None, part: Array) -> Array:
+    return part if known is None else known + part
 
 
 def _contract(rows: Array, value: Array) -> Array:
@@ -282,7 +285,7 @@ def _pull_affine(
     parts = jax.vmap(pull)(filled)
     constant = jnp.zeros(rows.shape[0], rows.dtype)
     if not _vanishes_at_zero(equation, values):
-        constant = sum(map(_contract, filled, at_zero), constant)
+        constant = sum(map(_contract, filled, at_zero), start=constant)
     return dict(zip(chosen, parts, strict=True)), constant
 
 

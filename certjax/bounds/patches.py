@@ -236,7 +236,9 @@ def weigh(patches: Patches, value: Array) -> Array:
     return jnp.sum(patches.values * under, axis=tuple(axes))
 
 
-WASTE = 9.0  # a matrix product may do this many times a convolution's arithmetic
+# A matrix product may do so many times a convolution's arithmetic; more where the image
+# has few channels, which leave a convolution's vector lanes idle.
+WASTE, WASTE_OF_FEW, FEW = 3.0, 9.0, 8
 
 
 def _pull_convolution(equation: Equation, values: list, patches: Patches) -> Pulled:
@@ -254,7 +256,9 @@ def _pull_convolution(equation: Equation, values: list, patches: Patches) -> Pul
     lead = patches.values.shape[: 1 + len(window.grid)]
     rows = patches.values.reshape(-1, *patches.window.patch)
     taps = [kernel.shape[axis] for axis in numbers.rhs_spec[2:]]
-    dense = np.prod(window.size) / np.prod(taps) <= WASTE
+    few = kernel.shape[numbers.rhs_spec[1]] < FEW
+    waste = np.prod(window.size) / np.prod(taps)
+    dense = waste <= (WASTE_OF_FEW if few else WASTE)
     pulled = _transposed(apply, window.patch, rows, dense=bool(dense))
     pulled = pulled.reshape(*lead, *window.patch)
     for sizes in _recorders:

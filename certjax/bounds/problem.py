@@ -28,7 +28,7 @@ from certjax.walk import Equation, Graph, Node, primitives as p, read
 
 
 Slope = Callable[[Interval], Array]
-MAX_BYTES = 2**30
+MAX_BYTES = 2**26  # small enough for caches: larger chunks were slower on a CPU
 
 
 class Problem(NamedTuple):

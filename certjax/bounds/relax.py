@@ -182,7 +182,7 @@ def _against_constant(equation: Equation, values: list, share: Array) -> Relaxat
         return pair
 
     def moved(line: Side) -> Side:
-        (slope,) = line.slopes
+        slope = line.slopes[0] if line.slopes else jnp.zeros(())
         shift = jnp.where(slope == 1.0, 0.0, (1.0 - slope) * c)  # c may be infinite
         return _elementwise([slope], line.offset + shift)
 

@@ -1,0 +1,79 @@
+"""Agreement with auto_LiRPA on fixed weights, where the reference numbers are at hand.
+
+CERTJAX_PEERS_DIR: a folder with `make_weights.py` and `bounds_auto_lirpa.json`.
+"""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from certjax.bounds import crown
+from certjax.threat import Linf
+
+
+PEERS = Path(os.environ.get("CERTJAX_PEERS_DIR", "absent"))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PEERS.is_dir(), reason="CERTJAX_PEERS_DIR is not set"),
+]
+METHODS = {
+    "crown": crown,
+    "crownibp": lambda f: crown(f, "ibp"),
+}
+
+
+def load(name):
+    """The reference network, its weights and inputs."""
+    spec = importlib.util.spec_from_file_location("weights", PEERS / "make_weights.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.NETS[name]
+    weights = {k: jnp.asarray(v) for k, v in module.make(name).items()}
+
+    def f(weights, x):
+        x = x[None]
+        for i, (*_, stride, pad) in enumerate(config["convs"]):
+            x = lax.conv_general_dilated(
+                x,
+                weights[f"conv{i}_w"],
+                (stride, stride),
+                [(pad, pad)] * 2,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            x = jax.nn.relu(x + weights[f"conv{i}_b"].reshape(1, 1, 1, -1))
+        x = x.ravel()
+        for i in range(len(config["fcs"])):
+            x = jax.nn.relu(x) if i else x
+            x = x @ weights[f"fc{i}_w"] + weights[f"fc{i}_b"]
+        return x
+
+    return f, weights, weights.pop("x")
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["small:crownibp:128", "small:crown:16", "medium:crown:1", "cnn7:crownibp:4"],
+)
+def test_equal_to_auto_lirpa(case):
+    name, kind, count = case.split(":")
+    f, weights, xs = load(name)
+    reference = json.loads((PEERS / "bounds_auto_lirpa.json").read_text())
+    expected = reference["cases"][case]
+
+    @jax.jit
+    def bounds(weights, xs):
+        method = METHODS[kind](lambda z: f(weights, z))
+        return jax.vmap(lambda x: method(Linf(reference["eps"]), x))(xs)
+
+    lower, upper = bounds(weights, xs[: int(count)])
+    np.testing.assert_allclose(lower.sum(), expected["lower_sum"], rtol=1e-4)
+    np.testing.assert_allclose(upper.sum(), expected["upper_sum"], rtol=1e-4)
+    np.testing.assert_allclose(lower[0], expected["first_lower"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(upper[0], expected["first_upper"], rtol=1e-4, atol=1e-4)
