@@ -1,12 +1,7 @@
-"""Agreement with auto_LiRPA on fixed weights, where the reference numbers are at hand.
-
-CERTJAX_PEERS_DIR: a folder with `make_weights.py` and `bounds_auto_lirpa.json`.
-"""
+"""Agreement with auto_LiRPA on fixed weights, where its numbers are at hand."""
 
 import importlib.util
 import json
-import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +13,16 @@ from certjax.bounds import crown
 from certjax.threat import Linf
 
 
-PEERS = Path(os.environ.get("CERTJAX_PEERS_DIR", "absent"))
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PEERS.is_dir(), reason="CERTJAX_PEERS_DIR is not set"),
-]
+pytestmark = pytest.mark.slow
 METHODS = {
     "crown": crown,
     "crownibp": lambda f: crown(f, "ibp"),
 }
 
 
-def load(name):
+def load(folder, name):
     """The reference network, its weights and inputs."""
-    spec = importlib.util.spec_from_file_location("weights", PEERS / "make_weights.py")
+    spec = importlib.util.spec_from_file_location("weights", folder / "make_weights.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.NETS[name]
@@ -61,10 +52,10 @@ def load(name):
     "case",
     ["small:crownibp:128", "small:crown:16", "medium:crown:1", "cnn7:crownibp:4"],
 )
-def test_equal_to_auto_lirpa(case):
+def test_equal_to_auto_lirpa(case, peers_dir):
     name, kind, count = case.split(":")
-    f, weights, xs = load(name)
-    reference = json.loads((PEERS / "bounds_auto_lirpa.json").read_text())
+    f, weights, xs = load(peers_dir, name)
+    reference = json.loads((peers_dir / "bounds_auto_lirpa.json").read_text())
     expected = reference["cases"][case]
 
     @jax.jit
