@@ -5,6 +5,7 @@ stops early, it stops for a whole batch only once every example is broken; the c
 drops broken examples from the batch instead.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -152,7 +153,7 @@ def with_radius(threat: Threat, eps: Array | float) -> Threat:
     """The same kind of set with another, possibly traced, radius."""
     if not hasattr(threat, "eps"):
         raise TypeError("a Box has no radius to change; use Linf, L2 or L1")
-    return type(threat)(eps, threat.low, threat.high)
+    return dataclasses.replace(threat, eps=eps)
 
 
 def _needs_attacks(attacks: tuple[Attack, ...]) -> None:

@@ -5,8 +5,8 @@
 distance is the result: see `distances` and `robust_accuracy_curve`.
 
 Brendel & Bethge's attack is not here: each of its steps solves a small optimisation
-problem with data-dependent branches, which its authors run in numba on the host. FMN
-and DDN reach smaller or equal medians at a tenth of its cost (Pintor et al. 2021).
+problem with data-dependent branches, which its authors run in numba on the host; that
+does not compile into one program.
 """
 
 import functools

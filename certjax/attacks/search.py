@@ -84,7 +84,7 @@ def guarded(attack: Attack) -> Attack:
             return x
         return jax.lax.stop_gradient(attack(key, _prepared(f, x), x, label))
 
-    run.bare = attack  # type: ignore[attr-defined]
+    run.bare = attack  # ty: ignore[missing-attribute]
     return run
 
 

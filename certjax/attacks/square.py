@@ -5,6 +5,7 @@ Source: Andriushchenko et al. 2020, arXiv:1912.00049, algorithms 1 to 3.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -86,8 +87,8 @@ def sides(queries: int, pixels: int, share: float, least: int) -> np.ndarray:
 
 
 class _Moves(NamedTuple):
-    start: object
-    change: object
+    start: Callable[[Key], Array]
+    change: Callable[[Key, Array, Array], Array]
 
 
 def _fooled(best: Judged) -> Array:

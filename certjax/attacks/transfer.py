@@ -4,6 +4,7 @@ Adaptive attacks compute gradients of something other than the function that dec
 an ensemble of surrogates, a differentiable stand-in for a defense, a noisy average.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -195,7 +196,7 @@ def _around_zero(threat: Threat) -> Threat:
     if not hasattr(threat, "eps"):
         raise TypeError("universal needs Linf, L2 or L1, got a Box")
     width = threat.high - threat.low
-    return type(threat)(threat.eps, -width, width)
+    return dataclasses.replace(threat, low=-width, high=width)
 
 
 def rotation_translation(
