@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from certjax.bounds.linear import is_nonlinear
+from certjax.bounds.problem import is_nonlinear
 from certjax.bounds.relax import relax
 from certjax.bounds.rewrite import prepare
 from certjax.types import Interval
