@@ -438,7 +438,7 @@ def _mul(equation: Equation, a: Any, b: Any) -> Interval:
     for constant in map(_enclosed, constants):
         out = _with_zero(out, _least(constant) < 1 / CHAIN)
         unknown |= magnitude(constant) > CHAIN
-    return _nan_where(~square & unknown, out)
+    return _nan_where(unknown & (not square), out)
 
 
 def _is_constant(value: Any) -> bool:
