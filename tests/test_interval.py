@@ -168,6 +168,7 @@ STRUCTURE = {
     "where, constant": lambda x: jnp.where(W[:4] > 0, x, -x),
     "where, undecided": lambda x: jnp.where(x > 0.5, x, 0.2 * x),
     "where, equal": lambda x: jnp.where(x == 0.5, 1.0, x),
+    "where, between": lambda x: jnp.where((x > 0.3) & ~(x > 0.6) | (x < 0.1), x, -x),
     "maximum of two": lambda x: jnp.maximum(x, x[::-1]),
     "minimum of two": lambda x: jnp.minimum(x, x[::-1]),
     "sort": lambda x: jnp.sort(x, axis=1),
@@ -286,6 +287,9 @@ def test_an_unknown_operand_is_never_decided(name):
 
 
 UNSUPPORTED = {
+    "bits": lambda x: (8 * x).astype(jnp.int32) & 3,
+    "narrow integers": lambda x: (900 * x).astype(jnp.int32).astype(jnp.int8),
+    "floats to bytes": lambda x: (900 * x).astype(jnp.uint8),
     "fft": lambda x: jnp.abs(jnp.fft.fft(x)),
     "top_k": lambda x: lax.top_k(x, 2)[0],
     "cumprod": lambda x: jnp.cumprod(x),  # noqa: PLW0108

@@ -250,13 +250,9 @@ nondecreasing(
     p.atan_p,
     p.sinh_p,
     p.asinh_p,
-    p.and_p,
-    p.or_p,
     p.reduce_max_p,
     p.reduce_min_p,
     p.reduce_sum_p,
-    p.reduce_and_p,
-    p.reduce_or_p,
     p.reduce_window_sum_p,
     p.reduce_window_max_p,
     p.reduce_window_min_p,
@@ -502,6 +498,11 @@ def _convert(equation: Equation, x: Interval) -> Interval:
         crosses = ~((x.lower > 0) | (x.upper < 0))
         zero = (x.lower == 0) & (x.upper == 0)
         return Interval(~crosses, ~zero)
+    source, target = x.lower.dtype, equation.params["new_dtype"]
+    if jnp.issubdtype(target, jnp.integer) and not _keeps_order(source, target):
+        raise unsupported(
+            equation, [x], "interval", f"{source} does not fit into {target}: it wraps"
+        )
     ends = [equation.bind(v)[0] for v in x]
     if not jnp.issubdtype(ends[0].dtype, jnp.integer):
         return Interval(*ends)
@@ -510,6 +511,24 @@ def _convert(equation: Equation, x: Interval) -> Interval:
     return Interval(
         jnp.where(unknown, limits.min, ends[0]), jnp.where(unknown, limits.max, ends[1])
     )
+
+
+def _keeps_order(source: Any, target: Any) -> bool:
+    """Into an integer type: from a smaller one, or saturating from a float."""
+    if jnp.issubdtype(source, jnp.floating):
+        return jnp.dtype(target) in (jnp.dtype("int32"), jnp.dtype("int64"))
+    return np.can_cast(source, target, "safe")
+
+
+@register(p.and_p, p.or_p, p.reduce_and_p, p.reduce_or_p)
+def _logic(equation: Equation, *values: Any) -> Interval:
+    """Nondecreasing on booleans; on the bits of integers they are not."""
+    if equation.outputs[0].aval.dtype != bool:
+        raise unsupported(
+            equation, list(values), "interval", "bitwise operations are not monotone"
+        )
+    ends = [equation.bind(*(_end(v, i) for v in values))[0] for i in (0, 1)]
+    return Interval(*ends)
 
 
 @register(p.gt_p, p.ge_p)
