@@ -94,12 +94,14 @@ def plan_of(settings: TrainSettings) -> Plan:
 
 def about_training(settings: TrainSettings) -> dict[str, Any]:
     """Which network a result is about."""
+    noise = settings.objective.loss.get("noise", {})
     return {
         "name": settings.name,
         "dataset": settings.data.name,
         "model": name_of(settings.model),
         "objective": name_of(settings.objective.loss),
         "train_eps": settings.train_eps,
+        **({"train_sigma": noise["sigma"]} if "sigma" in noise else {}),
         "seed": settings.seed,
     }
 

@@ -73,9 +73,12 @@ def show(result: dict[str, Any]) -> None:
 
 def title_of(result: dict[str, Any]) -> str:
     """The network and the data in one line."""
+    how = f"train eps {result['train_eps']:.4g}"
+    if "train_sigma" in result:
+        how = f"train sigma {result['train_sigma']:.4g}"
     return (
-        f"{result['dataset']} · {result['model']} · {result['objective']} "
-        f"(train eps {result['train_eps']:.4g}) · {result['examples']} test examples"
+        f"{result['dataset']} · {result['model']} · {result['objective']} ({how}) · "
+        f"{result['examples']} test examples"
     )
 
 

@@ -13,6 +13,7 @@ from flax.errors import FlaxError
 
 from certjax import training
 from certjax.threat import Threat
+from certjax.types import Array, Objective as CertjaxObjective, Scalar
 from experiments import build
 from experiments.build import ConfigError
 from experiments.tracking import Tracking
@@ -82,13 +83,21 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss and what is added to it; kappa may follow eps from first to last."""
+    """The loss and what is added to it; kappa may follow eps from first to last.
+
+    tied: further numbers of the loss, each constant or [first, last] like kappa.
+
+    ramps: {number of the loss, e.g. attack.eps: [start, end]}: it grows from 0 to its
+    value between these epochs, in a line; a jump where they are equal.
+    """
 
     loss: Node
     kappa: float | tuple[float, ...] | None = None
+    tied: Node = field(default_factory=dict)
     reg: float = 0.0
     l1: float = 0.0
     initialize: Node | None = None
+    ramps: Node = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +111,9 @@ class TrainSettings(Selection):
     objective: Objective
     optimizer: Node
     schedule: Schedule
-    attack: Node
-    certifier: Node
     tracking: Tracking
+    attack: Node | None = None
+    certifier: Node | None = None
     test_eps: float
     train_eps: float
     attack_eps: float
@@ -253,28 +262,64 @@ def recipe_of(settings: TrainSettings, clock: Clock) -> training.Recipe:
     """The objective at each step: eps and kappa follow their schedules."""
     factory = build.build(settings.objective.loss, where="objective.loss")
     if not build.accepts(factory, "threat"):
-        return training.unchanging(factory())
+        return _ramped(settings.objective, clock)
     threat = threat_of(settings.threat, settings.train_eps)
     eps = clock.eps(settings.train_eps)
-    numbers = _kappa(settings, eps)
+    numbers = _numbers(settings, factory, eps)
     return training.scheduled(factory, threat, eps=eps, **numbers)
 
 
-def _kappa(
-    settings: TrainSettings, eps: training.Schedule
-) -> dict[str, training.Schedule]:
-    kappa = settings.objective.kappa
-    if kappa is None:
-        return {}
-    if isinstance(kappa, int | float):
-        return {"kappa": training.constant(value=float(kappa))}
-    if len(kappa) != 2:
+def _ramped(objective: Objective, clock: Clock) -> training.Recipe:
+    """An objective without a threat set; the numbers of `ramps` grow."""
+
+    def recipe(step: Scalar) -> CertjaxObjective:
+        loss = objective.loss
+        for path, span in objective.ramps.items():
+            start, end = (clock.steps(epoch) for epoch in span)
+            share = training.linear_ramp(start=start, end=end, first=0.0, final=1.0)
+            loss = _scaled(loss, path.split("."), share(step), path)
+        return build.build(loss, where="objective.loss")()
+
+    return recipe
+
+
+def _scaled(node: Node, keys: list[str], factor: Array, path: str) -> Node:
+    """The node with the number at `keys` multiplied."""
+    first, *rest = keys
+    if first not in node:
         raise ConfigError(
-            f"`objective.kappa` is a number or [first, last], got {list(kappa)}"
+            f"`objective.ramps` names {path}, but `objective.loss` has no such number; "
+            "write e.g. weight or attack.eps"
         )
-    first, final = kappa
-    tied = training.tied(eps, at=settings.train_eps, first=first, final=final)
-    return {"kappa": tied}
+    value = _scaled(node[first], rest, factor, path) if rest else node[first] * factor
+    return node | {first: value}
+
+
+def _numbers(
+    settings: TrainSettings, factory: Callable, eps: training.Schedule
+) -> dict[str, training.Schedule]:
+    """The schedules of kappa and of whatever else is tied to eps."""
+    given = {"kappa": settings.objective.kappa, **settings.objective.tied}
+    numbers = {
+        name: _tied(f"objective.{name}", value, eps, settings.train_eps)
+        for name, value in given.items()
+        if value is not None
+    }
+    known = list(build.parameters(factory))
+    build.check_known("`objective.tied`", numbers, known)
+    return numbers
+
+
+def _tied(
+    where: str, value: Any, eps: training.Schedule, at: float
+) -> training.Schedule:
+    """A number of the loss at each step: constant, or following eps."""
+    if isinstance(value, int | float):
+        return training.constant(value=float(value))
+    if len(value) != 2:
+        raise ConfigError(f"`{where}` is a number or [first, last], got {list(value)}")
+    first, final = value
+    return training.tied(eps, at=at, first=first, final=final)
 
 
 def regularizer_of(settings: TrainSettings, clock: Clock) -> Callable | None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from certjax import training
@@ -45,6 +46,7 @@ from experiments.tracking import rewind, Tracker, tracking
 LOGGED = 400  # rows of metrics.jsonl over a whole training
 # shares of the training batch become percentages, named as in the results
 SHARES = {"accuracy": "clean", "verified": "certified", "robust_accuracy": "robust"}
+SHARES |= {"noisy_accuracy": "noisy"}
 NAMES = SHARES | {"natural": "natural_loss", "robust": "robust_loss"}
 PATIENCE = 0.01  # share of steps that may be skipped for a loss that is not finite
 
@@ -110,10 +112,20 @@ def prepared(settings: TrainSettings) -> Job:
         regularizer=regularizer_of(settings, clock),
         l1=settings.objective.l1,
         augment=augment and build.build(augment, where="data.augment"),
+        clean=needs_clean_batch(settings, model, train.images[0]),
     )
     evaluation = evaluation_of(plan_of(settings), model)
     initialize = initializer_of(settings.objective, model)
     return Job(settings, train, evaluation, clock, optimizer, initialize, step)
+
+
+def needs_clean_batch(
+    settings: TrainSettings, model: nn.Module, image: np.ndarray
+) -> bool:
+    """Not where every pass of the objective is noisy and nothing is normalised."""
+    x = jax.ShapeDtypeStruct(image.shape, jnp.float32)
+    made = jax.eval_shape(model.init, jax.random.key(0), x)
+    return "batch_stats" in made or "noise" not in settings.objective.loss
 
 
 def train_and_judge(job: Job, place: Place) -> None:

@@ -36,8 +36,10 @@ def check_can_be_built(config: dict) -> settings.TrainSettings:
     settings.recipe_of(wanted, clock)(0)
     for eps in (wanted.test_eps, wanted.train_eps, wanted.attack_eps):
         threat = settings.threat_of(wanted.threat, eps)
-        build.build(wanted.attack, where="attack")(threat)
-    build.build(wanted.certifier, where="certifier")
+        if wanted.attack is not None:
+            build.build(wanted.attack, where="attack")(threat)
+    if wanted.certifier is not None:
+        build.build(wanted.certifier, where="certifier")
     return wanted
 
 

@@ -94,3 +94,15 @@ def conv(
         bias_init=init,
         name=name,
     )(x)
+
+
+def max_pool(x: Array, size: int) -> Array:
+    """The maximum of each size x size square, [H, W, C] -> [H / size, W / size, C].
+
+    What is left over at the right and at the bottom is dropped. As a reduction of a
+    reshaped array its gradient takes a third of the time of a window reduction's on a
+    CPU, and linear bounds have a rule for it.
+    """
+    rows, columns, channels = (x.shape[0] // size, x.shape[1] // size, x.shape[2])
+    whole = x[: rows * size, : columns * size]
+    return jnp.max(whole.reshape(rows, size, columns, size, channels), axis=(1, 3))

@@ -16,7 +16,14 @@ import flax.linen as nn
 import jax
 
 from certjax.models.batchnorm import BatchNorm
-from certjax.models.layers import conv, dense, Normalize, per_channel, PerChannel
+from certjax.models.layers import (
+    conv,
+    dense,
+    max_pool,
+    Normalize,
+    per_channel,
+    PerChannel,
+)
 from certjax.types import Array
 
 
@@ -51,7 +58,7 @@ class ConvNet(nn.Module):
             x = self._convolve(x, layer, f"conv_{i}")
             x = jax.nn.relu(self._normalize(x, f"conv_norm_{i}", train))
             if layer.pool > 1:
-                x = nn.max_pool(x, (layer.pool,) * 2, (layer.pool,) * 2)
+                x = max_pool(x, layer.pool)
         x = x.reshape(-1)
         for i, features in enumerate(self.hidden):
             x = dense(x, features, f"dense_{i}")

@@ -3,7 +3,8 @@
 Every objective draws its own noise from the key, `draws` independent copies where the
 paper has several, and returns a scalar; a batch takes the mean. Papers that use m
 noise vectors take one optimiser step per chunk of batch / m images: that is the
-trainer's batch size. Weights, radii and sigma may be traced (schedules).
+trainer's batch size. Weights, radii and sigma may be traced (schedules). For the log
+each knows `noisy_accuracy`, the share of correct predictions under its noises.
 
 `noise` is a distribution of `certjax.smoothing`, in practice `Gaussian(sigma)`.
 """
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 
 from certjax.loops import fori, loopable
 from certjax.training.losses import cross_entropy
-from certjax.training.objectives import detached
+from certjax.training.objectives import detached, Itemized, Terms
 from certjax.types import Array, Classifier, Key, Objective, Scalar
 
 
@@ -32,6 +33,11 @@ def _draw(noise: Any, key: Key, x: Array, draws: int) -> Array:
 def _around(f: Classifier, x: Array, noises: Array) -> Array:
     """[S, K] logits at x under each noise."""
     return jax.vmap(lambda noise: f(x + noise))(noises)
+
+
+def _terms(loss: Array, logits: Array, label: Array) -> Terms:
+    """The loss, and how often [..., K] noisy logits are right."""
+    return Terms(loss, {"noisy_accuracy": jnp.mean(jnp.argmax(logits, -1) == label)})
 
 
 def _frozen(f: Classifier, x: Array) -> Classifier:
@@ -70,8 +76,10 @@ def _unit(key: Key, g: Array) -> Array:
 def gaussian_augmentation(noise: Any) -> Objective:
     """Cross-entropy at one noisy copy. Source: Cohen et al. 2019, arXiv:1902.02918."""
 
-    def objective(key: Key, f: Classifier, x: Array, label: Array) -> Array:
-        return cross_entropy(f(noise.sample(key, x)), label)
+    @Itemized
+    def objective(key: Key, f: Classifier, x: Array, label: Array) -> Terms:
+        logits = f(noise.sample(key, x))
+        return _terms(cross_entropy(logits, label), logits, label)
 
     return objective
 
@@ -82,10 +90,11 @@ def stability(noise: Any, *, weight: Scalar = 2.0) -> Objective:
     The gradient flows through both sides. Source: Li et al. 2019, arXiv:1809.03113.
     """
 
-    def objective(key: Key, f: Classifier, x: Array, label: Array) -> Array:
+    @Itemized
+    def objective(key: Key, f: Classifier, x: Array, label: Array) -> Terms:
         clean, noisy = f(x), f(noise.sample(key, x))
         agreement = -jnp.sum(jax.nn.softmax(clean) * jax.nn.log_softmax(noisy))
-        return cross_entropy(clean, label) + weight * agreement
+        return _terms(cross_entropy(clean, label) + weight * agreement, noisy, label)
 
     return objective
 
@@ -177,12 +186,14 @@ def smooth_adversarial(noise: Any, *, attack: NoisyAttack, draws: int = 4) -> Ob
     Source: SmoothAdv, Salman et al. 2019, arXiv:1906.04584, section 3.
     """
 
-    def objective(key: Key, f: Classifier, x: Array, label: Array) -> Array:
+    @Itemized
+    def objective(key: Key, f: Classifier, x: Array, label: Array) -> Terms:
         draw, start = jax.random.split(key)
         noises = _draw(noise, draw, x, draws)
         z = jax.lax.stop_gradient(attack(start, f, x, label, noises))
         logits = _around(f, z, noises)
-        return jnp.mean(jax.vmap(cross_entropy, (0, None))(logits, label))
+        loss = jnp.mean(jax.vmap(cross_entropy, (0, None))(logits, label))
+        return _terms(loss, logits, label)
 
     return objective
 
@@ -204,7 +215,8 @@ def macer(
     Source: Zhai et al. 2020, arXiv:2001.02378, algorithm 1 and the authors' code.
     """
 
-    def objective(key: Key, f: Classifier, x: Array, label: Array) -> Array:
+    @Itemized
+    def objective(key: Key, f: Classifier, x: Array, label: Array) -> Terms:
         logits = _around(f, x, _draw(noise, key, x, draws))
         mean = jnp.mean(jax.nn.softmax(logits), axis=0)
         classification = -jnp.log(mean[label] + 1e-10)
@@ -216,7 +228,7 @@ def macer(
         first = _normal_quantile(jnp.where(counts, first, 0.5))
         second = _normal_quantile(jnp.where(counts, second, 0.5))
         robustness = jnp.where(counts, gamma - first + second, 0.0) * noise.sigma / 2.0
-        return classification + weight * robustness
+        return _terms(classification + weight * robustness, logits, label)
 
     return objective
 
@@ -241,7 +253,8 @@ def consistency(
     Source: Jeong & Shin 2020, arXiv:2006.04062, equation 9 and the authors' code.
     """
 
-    def objective(key: Key, f: Classifier, x: Array, label: Array) -> Array:
+    @Itemized
+    def objective(key: Key, f: Classifier, x: Array, label: Array) -> Terms:
         draw, start = jax.random.split(key)
         noises = _draw(noise, draw, x, draws)
         if attack is not None:
@@ -251,7 +264,8 @@ def consistency(
         loss = jnp.mean(jax.vmap(cross_entropy, (0, None))(logits, label))
         agreement = jnp.mean(jax.vmap(_kl, (None, 0))(mean, logits))
         uncertainty = -jnp.sum(mean * jnp.log(jnp.maximum(mean, 1e-20)))
-        return loss + weight * agreement + entropy * uncertainty
+        loss = loss + weight * agreement + entropy * uncertainty
+        return _terms(loss, logits, label)
 
     return objective
 
@@ -282,7 +296,8 @@ def smoothmix(
     Source: Jeong et al. 2021, arXiv:2111.09277, and the authors' code.
     """
 
-    def objective(key: Key, f: Classifier, x: Array, label: Array) -> Array:
+    @Itemized
+    def objective(key: Key, f: Classifier, x: Array, label: Array) -> Terms:
         draw, mix = jax.random.split(key)
         noises = _draw(noise, draw, x, draws)
         ascend = _ascent(_frozen(f, x), label, noises, step_size)
@@ -297,7 +312,8 @@ def smoothmix(
         target = (1.0 - u) * mean + u / mean.size
         mixed = _around(f, (1.0 - u) * x + u * z, noises)
         mixup = jnp.mean(jax.vmap(_kl, (None, 0))(target, mixed))
-        return loss + weight * jnp.where(jnp.argmax(mean) == label, mixup, 0.0)
+        loss = loss + weight * jnp.where(jnp.argmax(mean) == label, mixup, 0.0)
+        return _terms(loss, logits, label)
 
     return objective
 
@@ -354,7 +370,8 @@ def catrs(
     arXiv:2212.09000, and the authors' code.
     """
 
-    def objective(key: Key, f: Classifier, x: Array, label: SmoothedLabel) -> Array:  # type: ignore[override]
+    @Itemized
+    def objective(key: Key, f: Classifier, x: Array, label: SmoothedLabel) -> Terms:  # type: ignore[override]
         draw, coins = jax.random.split(key)
         noises = _draw(noise, draw, x, draws)
         target = label.probabilities
@@ -367,7 +384,8 @@ def catrs(
         easy = jnp.sum(jnp.where(jnp.arange(draws) < accepted, losses, 0.0)) / draws
         moved = _move_noises(_frozen(f, x), x, target, noises, eps, steps)
         worst = jnp.max(jax.vmap(_kl, (None, 0))(target, _around(f, x, moved)))
-        return easy + weight * jnp.where(accepted == draws, worst, 0.0)
+        loss = easy + weight * jnp.where(accepted == draws, worst, 0.0)
+        return _terms(loss, logits, label.label)
 
     return objective
 
