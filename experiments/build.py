@@ -156,7 +156,8 @@ def _locate(path: Any, where: str) -> Callable[..., Any]:
     return target
 
 
-def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The named parameters of a (partial) factory."""
     parameters = inspect.signature(target).parameters
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return {name: p for name, p in parameters.items() if p.kind not in variable}
@@ -164,7 +165,7 @@ def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 def accepts(factory: Callable[..., Any], name: str) -> bool:
     """Does a (partial) factory have a parameter of this name?"""
-    return name in _parameters(factory)
+    return name in parameters(factory)
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
@@ -203,16 +204,16 @@ def build(node: Mapping[str, Any], *, where: str, **given: Any) -> Any:
         factory itself refuses.
     """
     target = _locate(node.get("_target_"), where)
-    parameters, hints = _parameters(target), _hints(target)
+    known, hints = parameters(target), _hints(target)
     numbers = {key: value for key, value in node.items() if key not in RESERVED}
-    check_known(f"`{where}` ({node['_target_']})", numbers, list(parameters))
+    check_known(f"`{where}` ({node['_target_']})", numbers, list(known))
     arguments = {k: _child(v, f"{where}.{k}") for k, v in numbers.items()}
     for key, value in arguments.items():
         check_value(f"{where}.{key}", value, hints.get(key, Any))
     arguments = {
         k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()
     }
-    arguments |= {key: value for key, value in given.items() if key in parameters}
+    arguments |= {key: value for key, value in given.items() if key in known}
     if node.get("_partial_", False):
         return functools.partial(target, **arguments)
     return _call(target, arguments, where)
@@ -238,7 +239,7 @@ def _call(target: Callable[..., Any], arguments: dict[str, Any], where: str) -> 
 def settings(cls: type[T], config: Mapping[str, Any], *, where: str = "config") -> T:
     """A frozen dataclass of run settings from plain config; every key checked."""
     hints = _hints(cls)
-    check_known(f"`{where}`", config, list(_parameters(cls)))
+    check_known(f"`{where}`", config, list(parameters(cls)))
     for key, value in config.items():
         check_value(
             key if where == "config" else f"{where}.{key}", value, hints.get(key, Any)

@@ -1,10 +1,23 @@
 """Objectives, schedules and the training step; everything for one example."""
 
+from certjax.training.adversaries import arow as arow, edac as edac, mart as mart
+from certjax.training.ascent import ascent as ascent
 from certjax.training.augmentation import flip_and_crop as flip_and_crop
+from certjax.training.certified import (
+    cc_ibp as cc_ibp,
+    crown_ibp as crown_ibp,
+    crown_ibp_fused as crown_ibp_fused,
+    exp_ibp as exp_ibp,
+    mtl_ibp as mtl_ibp,
+    sabr as sabr,
+    small_box as small_box,
+    whole_set as whole_set,
+)
 from certjax.training.evaluation import (
     Evaluation as Evaluation,
     evaluator as evaluator,
 )
+from certjax.training.latent import connect as connect, taps as taps
 from certjax.training.losses import (
     cross_entropy as cross_entropy,
     divergence as divergence,
