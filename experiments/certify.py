@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments import judging, runs
+from experiments import judging, runs, smoothing
 from experiments.cli import Launch, launch
 from experiments.settings import Node, read, Selection
 from experiments.tracking import Tracking
@@ -25,6 +25,9 @@ class CertifySettings(Selection):
 
 def work(config: dict[str, Any], launched: Launch) -> None:
     """Certify, from wherever that stands to its end."""
+    if smoothing.is_smoothing(config["certifier"]):
+        smoothing.work(config, launched)
+        return
     settings = read(CertifySettings, config)
     trained = judging.finished_training(settings.run, settings.data_dir)
     eps = trained.settings.test_eps if settings.test_eps is None else settings.test_eps

@@ -23,6 +23,9 @@ from jax.scipy.special import ndtri
 from certjax.types import Array, Key
 
 
+NAME = "threefry2x32"  # of the generator, for records
+
+
 def _words(key: Key) -> Array:
     """The two words of a threefry key, typed or raw."""
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
