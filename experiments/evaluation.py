@@ -23,7 +23,7 @@ from certjax.certificate import certificate
 from certjax.models import classifier
 from certjax.specification import margins
 from certjax.threat import Threat
-from certjax.types import Array, Attack, Classifier, Interval, Key, PyTree
+from certjax.types import Array, Classifier, Interval, Key, PyTree
 from experiments import checkpoint, devices
 from experiments.console import progress
 from experiments.runs import append_lines, finite, keep_lines, Stopped
@@ -54,11 +54,14 @@ class Method(NamedTuple):
 
     judge(weights, eps, keys, xs, labels) -> {field: [B]}, among them "nan": [B] bool;
     eps: the radius it is asked for; failed: the fields of a misclassified example.
+    own_batches: judge is a host function of (weights, eps, key, examples) instead,
+    which cuts the examples to its own size and derives their keys itself.
     """
 
-    judge: Callable[..., dict[str, Array]]
+    judge: Callable[..., dict[str, Any]]
     eps: float
     failed: Record
+    own_batches: bool = False
 
 
 def as_input(images: Array) -> Array:
@@ -101,41 +104,15 @@ def certify_method(model: nn.Module, bounds: Bounds, threat: Threat) -> Method:
     return Method(judge, threat.eps, {"certified": False, "margin": math.nan})
 
 
-def attack_method(
-    model: nn.Module, make: Callable[[Threat], Attack], threat: Threat
-) -> Method:
-    """Does the prediction survive the attack? A point outside the set is an error."""
-
-    def one(f: Classifier, eps: Array, key: Key, x: Array, label: Array) -> dict:
-        around = dataclasses.replace(threat, eps=eps)
-        z = make(around)(key, f, x, label)
-        logits = f(z)
-        nan = jnp.any(jnp.isnan(logits))
-        return {
-            "robust": (jnp.argmax(logits) == label) & ~nan,
-            "outside": ~around.contains(x, z),
-            "nan": nan,
-        }
-
-    @jax.jit
-    def judge(
-        weights: Weights, eps: Array, keys: Key, xs: Array, labels: Array
-    ) -> dict:
-        f = classifier(model, *weights)
-        attacked = lambda key, x, label: one(f, eps, key, as_input(x), label)
-        return jax.vmap(attacked)(keys, xs, labels)
-
-    return Method(judge, threat.eps, {"robust": False, "outside": False})
-
-
-def _padded(array: np.ndarray, size: int) -> np.ndarray:
+def padded(array: np.ndarray, size: int) -> np.ndarray:
     """The last row repeated up to `size` rows: one compiled shape for every batch."""
     missing = size - len(array)
     return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
 
 
 @jax.jit
-def _keys(key: Key, index: Array) -> Key:
+def example_keys(key: Key, index: Array) -> Key:
+    """The random key of each example, from its index in the data alone."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
@@ -152,7 +129,7 @@ def predictions(
     parts = []
     for start in range(0, len(images), batch):
         rows = images[start : start + batch]
-        found = predict(weights, devices.spread(_padded(rows, batch)))
+        found = predict(weights, devices.spread(padded(rows, batch)))
         parts.append([np.asarray(part)[: len(rows)] for part in found])
     columns = zip(*parts, strict=True)
     return tuple(np.concatenate(column) for column in columns)  # type: ignore[return-value]
@@ -163,10 +140,12 @@ def judge_batch(
 ) -> dict[str, np.ndarray]:
     """The fields of a method for up to `batch` examples."""
     count = len(examples.labels)
-    padded = Examples(*(_padded(array, batch) for array in examples))
     key = jax.random.fold_in(jax.random.key(seed), STREAM)
-    keys = devices.spread(_keys(key, padded.index))
-    images, labels = devices.spread((padded.images, padded.labels))
+    if method.own_batches:
+        return method.judge(weights, method.eps, key, examples)
+    filled = Examples(*(padded(array, batch) for array in examples))
+    keys = devices.spread(example_keys(key, filled.index))
+    images, labels = devices.spread((filled.images, filled.labels))
     found = method.judge(weights, jnp.float32(method.eps), keys, images, labels)
     return {name: np.asarray(field)[:count] for name, field in found.items()}
 
@@ -266,7 +245,15 @@ def _judged(task: Evaluation, positions: np.ndarray) -> list[Record]:
         )
         columns |= found | {"nan": columns["nan"] | found["nan"]}
     names, values = columns.keys(), zip(*columns.values(), strict=True)
-    return [{n: v.item() for n, v in zip(names, row, strict=True)} for row in values]
+    return [
+        {name: _plain(value) for name, value in zip(names, row, strict=True)}
+        for row in values
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """A numpy scalar as Python's; words and None are so already."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def curve(task: Evaluation, radii: list[float]) -> dict[str, list[float]]:

@@ -10,8 +10,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from certjax.threat import ThreatModel
+from certjax.threat import Threat
 from experiments import (
+    attacking,
     build,
     checkpoint,
     console,
@@ -24,7 +25,6 @@ from experiments import (
 from experiments.cli import Launch
 from experiments.evaluation import (
     as_input,
-    attack_method,
     certify_method,
     curve,
     evaluate,
@@ -52,6 +52,7 @@ from experiments.tracking import Tracker, Tracking, tracking
 WEIGHTS = "weights"
 RECORDS = "certificates.jsonl"
 SAMPLE = 100  # records in the table of W&B
+SHARED = 512  # training images on which one perturbation for all is found
 
 
 class Plan(NamedTuple):
@@ -59,6 +60,7 @@ class Plan(NamedTuple):
 
     known: records of other evaluations of the same network, to check against; their
     radii stand in for the one that is not measured here.
+    pictures: number of adversarial examples that are kept and shown.
     """
 
     data: DataSettings
@@ -73,6 +75,7 @@ class Plan(NamedTuple):
     curve_examples: int = 0
     about: dict[str, Any] = {}  # noqa: RUF012 - never changed
     known: tuple[dict[str, Any], ...] = ()
+    pictures: int = 0
 
 
 def plan_of(settings: TrainSettings) -> Plan:
@@ -144,7 +147,9 @@ def restored_weights(
     return found and found._replace(tree=devices.replicate(Weights(*found.tree)))
 
 
-def _methods(plan: Plan, model: nn.Module) -> tuple[Method, ...]:
+def _methods(
+    plan: Plan, model: nn.Module, image: np.ndarray, folder: Path | None
+) -> tuple[Method, ...]:
     """The certifier and the attack of a plan, tried on their threat sets."""
     methods = []
     if plan.certifier is not None:
@@ -152,16 +157,43 @@ def _methods(plan: Plan, model: nn.Module) -> tuple[Method, ...]:
         threat = threat_of(plan.threat, plan.test_eps)
         methods.append(certify_method(model, bounds, threat))
     if plan.attack is not None:
-        make = build.build(plan.attack, where="attack")
-        threat = threat_of(plan.threat, plan.attack_eps)
-        with build.blamed("attack"):
-            make(threat)
-        methods.append(attack_method(model, make, threat))
+        methods.append(_attack_method(plan, model, image, folder))
     return tuple(methods)
 
 
-def evaluation_of(plan: Plan, model: nn.Module) -> Evaluation:
-    """Examples and methods of a plan, checked; the weights come later."""
+def adversary_of(plan: Plan) -> tuple[Threat, attacking.Adversary]:
+    """The threat set and the attack of a plan."""
+
+    def load(path: str) -> attacking.Network:
+        other = finished_training(path, plan.data.dir)
+        return attacking.Network(other.model, other.weights)
+
+    threat = threat_of(plan.threat, plan.attack_eps)
+    return threat, attacking.adversary_of(plan.attack, load=load)
+
+
+def _attack_method(
+    plan: Plan, model: nn.Module, image: np.ndarray, folder: Path | None
+) -> Method:
+    def training() -> Examples:
+        found = examples_of(plan.data, "train")
+        return Examples(*(array[:SHARED] for array in found))
+
+    threat, adversary = adversary_of(plan)
+    attacking.check(adversary, model, threat, image)
+    keep = folder and attacking.Keep(folder / attacking.KEPT, plan.pictures)
+    return attacking.attack_method(
+        model, adversary, threat, training=training, keep=keep
+    )
+
+
+def evaluation_of(
+    plan: Plan, model: nn.Module, folder: Path | None = None
+) -> Evaluation:
+    """Examples and methods of a plan, checked; the weights come later.
+
+    folder: where adversarial examples are kept, if anywhere.
+    """
     wanted, examples = plan.selection, examples_of(plan.data, "test")
     chosen = select(
         examples,
@@ -171,7 +203,8 @@ def evaluation_of(plan: Plan, model: nn.Module) -> Evaluation:
         seed=plan.seed,
     )
     size = min(wanted.eval_batch or devices.default_batch(), len(chosen.labels))
-    methods, batch = _methods(plan, model), devices.divisible(size)
+    methods = _methods(plan, model, chosen.images[0], folder)
+    batch = devices.divisible(size)
     return Evaluation(model, None, chosen, methods, plan.seed, batch)
 
 
@@ -203,10 +236,12 @@ def judge(
 
 def _comparable(plan: Plan) -> bool:
     """Does the certified set contain the attacked one?"""
+    anywhere = plan.attack is not None and plan.attack.get("result") == "free"
     return (
         plan.attack_eps is not None
         and plan.test_eps is not None
         and plan.attack_eps <= plan.test_eps
+        and not anywhere
     )
 
 
@@ -219,13 +254,8 @@ def _described(plan: Plan) -> dict[str, Any]:
         found["arithmetic"] = "float32" if plan.certifier.get("sound") else "real"
     if plan.attack is not None:
         threat = threat_of(plan.threat, plan.attack_eps)
-        adversary = ThreatModel(
-            threat,
-            steps=plan.attack.get("steps"),
-            restarts=plan.attack.get("restarts", 1),
-        )
         found |= {"attack": label_of(plan.attack), "attack_eps": plan.attack_eps}
-        found["adversary"] = adversary.describe()
+        found["adversary"] = attacking.describe(plan.attack, threat)
     return found
 
 
@@ -285,23 +315,44 @@ def finished_training(path: str, data_dir: str | None) -> Trained:
     return Trained(folder, settings, model, found.tree)
 
 
+class Judged(NamedTuple):
+    """A finished evaluation: what was evaluated, in which run, and the result."""
+
+    run: Run
+    plan: Plan
+    task: Evaluation
+    result: dict[str, Any]
+
+
 def judge_again(
-    job: str, config: dict[str, Any], plan: Plan, trained: Trained, launched: Launch
+    job: str,
+    config: dict[str, Any],
+    plan: Plan,
+    trained: Trained,
+    launched: Launch,
+    *,
+    illustrate: Callable[[Judged, Tracker], dict[str, Any]] | None = None,
 ) -> None:
-    """Evaluate a trained network once more, in `<its directory>/<job>/<hash>`."""
+    """Evaluate a trained network once more, in `<its directory>/<job>/<hash>`.
+
+    illustrate: adds pictures to the run, and numbers to its result.
+    """
     config = config | {"name": job, "train_run": trained.path.resolve().name}
     run = runs.choose(config, trained.path)
     if runs.finished(run.path) and not config["fresh"]:
         show_finished(run)
         return
     how = build.settings(Tracking, config["tracking"], where="tracking")
-    evaluation = evaluation_of(plan, trained.model)
+    evaluation = evaluation_of(plan, trained.model, run.path)
     with (
         runs.opened(run, fresh=config["fresh"], overrides=launched.overrides),
         runs.stop_requests() as stop,
         tracking(run, how, job_type=job) as tracker,
     ):
         result = judge(run, plan, evaluation, trained.weights, stop)
+        if illustrate is not None:
+            task = evaluation._replace(weights=trained.weights)
+            result |= illustrate(Judged(run, plan, task, result), tracker)
         finish(run, result, tracker, step=0)
 
 

@@ -68,7 +68,26 @@ def show(result: dict[str, Any]) -> None:
     console.table(
         title_of(result), ["accuracy", "eps", "%", "examples", "95 % interval"], grid
     )
+    _attack(result)
     _caveats(result)
+
+
+def _attack(result: dict[str, Any]) -> None:
+    """What an attack found beyond an accuracy."""
+    if "distance" in result:
+        away = {k: "inf" if v is None else v for k, v in result["distance"].items()}
+        text = ", ".join(
+            f"{name.replace('_', ' ')} {value:.4g}"
+            if isinstance(value, float)
+            else f"{name.replace('_', ' ')} {value}"
+            for name, value in away.items()
+        )
+        console.say(f"distance to the nearest misclassified point: {text}")
+    if "broken_by" in result:
+        found = ", ".join(f"{k} {v}" for k, v in result["broken_by"].items())
+        console.say(f"examples broken by: {found or 'none'}")
+    for text in result.get("warnings", ()):
+        console.warn(text)
 
 
 def title_of(result: dict[str, Any]) -> str:
@@ -94,7 +113,10 @@ def _cells(result: dict[str, Any], name: str) -> list[str]:
 
 def _caveats(result: dict[str, Any]) -> None:
     if result["nan"]:
-        console.warn(f"{result['nan']} examples met a NaN; none of them is certified")
+        console.fail(
+            f"{result['nan']} examples met a NaN; none of them counts as certified or "
+            "robust: the network itself is at fault"
+        )
     if not result["consistent"]:
         console.fail(
             "certified <= attacked <= clean does not hold for the examples "

@@ -192,13 +192,16 @@ def name_of(node: Node) -> str:
 
 def label_of(node: Node) -> str:
     """A method's name for tables: PGD-40, PGD-40x5, IBP, CROWN-IBP, IBP in float32."""
-    name = str(node["_target_"]).rpartition(".")[2].upper().replace("_", "-")
-    steps, restarts = node.get("steps"), node.get("restarts", 1)
-    parts = [name, node.get("version"), steps]
+    name = name_of(node).removesuffix("_stages").upper().replace("_", "-")
+    restarts = node.get("restarts", 1)
+    parts = [name, node.get("version"), node.get("steps"), node.get("queries")]
     if node.get("intermediate", "crown") != "crown":
         parts.append(str(node["intermediate"]).upper())
     text = "-".join(str(part) for part in parts if part is not None)
     text = text if restarts == 1 else f"{text}x{restarts}"
+    for key, word in (("attack", "with"), ("through", "through")):
+        text += f" {word} {label_of(node[key])}" if node.get(key) else ""
+    text += " by transfer" if "surrogates" in node else ""
     return f"{text} in float32" if node.get("sound") else text
 
 

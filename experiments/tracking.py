@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from experiments.runs import append_lines, keep_lines, Run
 
 
@@ -28,7 +30,7 @@ class Tracker(NamedTuple):
     """Where numbers go.
 
     log(step, metrics): one row of metrics.jsonl, and of the W&B history.
-    table(step, name, rows): a table of per-example records.
+    table(step, name, rows): a table of per-example records; arrays are pictures.
     image(step, name, path): a picture.
     final(numbers): the last word, nested dicts of numbers.
     """
@@ -119,13 +121,18 @@ def _wandb(run: Run, how: Tracking, job_type: str) -> Iterator[Tracker]:
             session.finish(exit_code=code)
 
 
+def _cell(wandb: Any, value: Any) -> Any:
+    """A number or word as it is; an array [H, W, C] as a picture."""
+    return wandb.Image(value) if isinstance(value, np.ndarray) else value
+
+
 def _mirror(wandb: Any, session: Any) -> Tracker:
     def log(step: int, metrics: dict[str, float]) -> None:
         session.log(metrics, step=step)
 
     def table(step: int, name: str, rows: list[dict[str, Any]]) -> None:
         columns = sorted({key for row in rows for key in row})
-        data = [[row.get(column) for column in columns] for row in rows]
+        data = [[_cell(wandb, row.get(column)) for column in columns] for row in rows]
         session.log({name: wandb.Table(columns=columns, data=data)}, step=step)
 
     def image(step: int, name: str, path: Path) -> None:

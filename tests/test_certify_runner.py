@@ -15,6 +15,7 @@ from certjax.bounds import ibp
 from certjax.threat import Linf
 from experiments import (
     attack,
+    attacking,
     certify,
     evaluation,
     judging,
@@ -152,6 +153,9 @@ class Linear:
         return 0
 
 
+PGD = attacking.Adversary(partial(pgd, steps=2))
+
+
 def poisoned(w, count=4):
     """Examples of class 0 for a linear network with the given weights."""
     xs = np.full((count, 2), 0.5, np.float32)
@@ -160,7 +164,7 @@ def poisoned(w, count=4):
     threat = Linf(0.1)
     methods = (
         evaluation.certify_method(Linear(), ibp, threat),
-        evaluation.attack_method(Linear(), partial(pgd, steps=2), threat),
+        attacking.attack_method(Linear(), PGD, threat),
     )
     weights = Weights({"w": jnp.asarray(w, jnp.float32)}, {})
     return evaluation.Evaluation(Linear(), weights, examples, methods, 0, 4)
@@ -227,7 +231,8 @@ def test_a_contradiction_is_found(tmp_path):
 def test_an_attack_that_leaves_its_set_is_found(tmp_path):
     task = poisoned([[1.0, 0.0], [0.0, 0.5]])
     cheat = lambda threat: lambda key, f, x, label: x - 0.2
-    method = evaluation.attack_method(Linear(), cheat, Linf(0.1))
+    made = attacking.Adversary(cheat)
+    method = attacking.attack_method(Linear(), made, Linf(0.1))
     rows = evaluated(task._replace(methods=(method,)), tmp_path)
     assert not results.consistency(rows, comparable=True)["consistent"]
 

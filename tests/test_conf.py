@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments import build, settings
+from certjax.threat import L1, L2, Linf
+from experiments import attacking, build, settings
 
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -37,7 +38,7 @@ def check_can_be_built(config: dict) -> settings.TrainSettings:
     for eps in (wanted.test_eps, wanted.train_eps, wanted.attack_eps):
         threat = settings.threat_of(wanted.threat, eps)
         if wanted.attack is not None:
-            build.build(wanted.attack, where="attack")(threat)
+            attacking.adversary_of(wanted.attack, load=str).make(threat=threat)
     if wanted.certifier is not None:
         build.build(wanted.certifier, where="certifier")
     return wanted
@@ -63,12 +64,28 @@ def test_experiment_can_be_built_and_says_what_to_expect(name):
     "override",
     [
         f"{group}={name}"
-        for group in ("data", "threat", "objective", "optimizer", "schedule", "attack")
+        for group in ("data", "threat", "objective", "optimizer", "schedule")
         for name in names(group)
     ],
 )
 def test_every_choice_can_be_built(override):
     check_can_be_built(composed(override))
+
+
+@pytest.mark.parametrize("name", names("attack"))
+def test_every_attack_can_be_built(name):
+    """For the norm of the config, or for the one whose distance it minimises."""
+    words = ("+attack.surrogates=[x]",) if name == "transfer" else ()
+    node = composed(f"attack={name}", *words)["attack"]
+    adversary = attacking.adversary_of(node, load=str)
+    refused = []
+    for threat in (Linf(0.1), L2(0.1), L1(0.1)):
+        try:
+            adversary.make(threat=threat)
+        except TypeError as error:
+            refused.append(str(error))
+    assert len(refused) < 3
+    assert all("got" in text for text in refused)
 
 
 @pytest.mark.parametrize("name", names("model"))

@@ -69,11 +69,11 @@ def cascade(
     *,
     lanes: int = 128,
     progress: Callable[[str, int, int], None] | None = None,
-) -> Callable[[Key, Classifier, Array, Array], Broken]:
+) -> Callable[..., Broken]:
     """Build `run(key, f, xs, labels, first=0) -> Broken`.
 
-    `first` numbers the examples: a set attacked in pieces, each with the number of its
-    first example, gives the same result as attacked at once.
+    `first` numbers the examples, from it on or, where it is an array [N], one by one: a
+    set attacked in pieces, each with its numbers, gives the same result as at once.
 
     Args:
       stages: in the order in which they run, e.g. `autoattack_stages(threat)`.
@@ -89,7 +89,7 @@ def cascade(
         raise ValueError(f"lanes must be at least 1, got {lanes}")
 
     def run(
-        key: Key, f: Classifier, xs: Array, labels: Array, first: int = 0
+        key: Key, f: Classifier, xs: Array, labels: Array, first: int | Array = 0
     ) -> Broken:
         examples = _examples(xs, labels, first)
         f = f if isinstance(f, Partial | Expectation) else Partial(f)
@@ -123,14 +123,15 @@ class _Examples(NamedTuple):
     numbers: np.ndarray
 
 
-def _examples(xs: Array, labels: Array, first: int) -> _Examples:
+def _examples(xs: Array, labels: Array, first: int | Array) -> _Examples:
     xs, labels = np.asarray(checked_input(xs)), np.asarray(labels, np.int32)
     if labels.shape != xs.shape[:1]:
         raise ValueError(
             f"need one label for each input, got {labels.shape} and {xs.shape}; "
             "xs is a batch [N, ...]"
         )
-    return _Examples(xs, labels, np.arange(first, first + len(xs), dtype=np.int32))
+    numbers = first + np.arange(len(xs)) if isinstance(first, int) else first
+    return _Examples(xs, labels, np.asarray(numbers, np.int32))
 
 
 class _Look(NamedTuple):
