@@ -126,6 +126,17 @@ def restore(folder: Path, like: PyTree) -> Restored | None:
     return None
 
 
+def note(folder: Path) -> dict[str, Any] | None:
+    """The note of the newest checkpoint, its arrays unread; None: there is none."""
+    import orbax.checkpoint as ocp
+
+    for step in _steps(folder):
+        with _manager(folder) as manager:
+            about = ocp.args.Composite(about=ocp.args.JsonRestore())
+            return manager.restore(step, args=about).about["note"]
+    return None
+
+
 def _put_aside(step: Path) -> None:
     aside = step.with_name(f"{step.name}.damaged")
     shutil.rmtree(aside, ignore_errors=True)

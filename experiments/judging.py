@@ -137,13 +137,13 @@ def dataset_of(wanted: DataSettings) -> data.Dataset:
 
 
 def restored_weights(
-    path: Path, model: nn.Module, image: np.ndarray
+    path: Path, model: nn.Module, image: np.ndarray, *, folder: str = WEIGHTS
 ) -> checkpoint.Restored | None:
-    """The verified final weights of a training run, or None."""
+    """The verified final weights of a training run (or others kept), or None."""
     key, x = jax.random.key(0), as_input(jax.numpy.asarray(image))
     shapes = jax.eval_shape(model.init, key, x)
     like = Weights(shapes["params"], shapes.get("batch_stats", {}))
-    found = checkpoint.restore(path / WEIGHTS, like)
+    found = checkpoint.restore(path / folder, like)
     return found and found._replace(tree=devices.replicate(Weights(*found.tree)))
 
 

@@ -55,7 +55,10 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Times of a training run, in epochs, and its batch size."""
+    """Times of a training run, in epochs, and its batch size.
+
+    average: epoch from which the weights of every `average_every`-th step are averaged.
+    """
 
     epochs: float
     batch: int
@@ -65,6 +68,8 @@ class Schedule:
     decay: Literal["steps", "cosine", "none"] = "steps"
     drops: tuple[float, ...] = ()
     drop: float = 0.2
+    average: float | None = None
+    average_every: int = 10
 
     def __post_init__(self) -> None:
         """Refuse times that cannot be."""
@@ -98,6 +103,8 @@ class Objective:
     l1: float = 0.0
     initialize: Node | None = None
     ramps: Node = field(default_factory=dict)
+    statistics_at: Node | None = None
+    perturb: Node | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +129,17 @@ class TrainSettings(Selection):
     curve_examples: int = 256
     fresh: bool = False
     checkpoint_seconds: float = 60.0
+    selection: Literal["last", "split", "test"] = "last"
+    selection_share: float = 0.05
     paths: Node = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a split of nothing, or of everything."""
+        super().__post_init__()
+        if not 0 < self.selection_share < 1:
+            raise ConfigError(
+                f"selection_share must lie between 0 and 1, got {self.selection_share}"
+            )
 
 
 NESTED = {
@@ -258,7 +275,12 @@ def optimizer_of(node: Node, clock: Clock) -> optax.GradientTransformation:
     if isinstance(rate, bool) or not isinstance(rate, int | float):
         raise ConfigError(f"`optimizer.learning_rate` must be a number, got {rate!r}")
     schedule = clock.learning_rate(float(rate))
-    return build.build(node, where="optimizer", learning_rate=schedule)
+    optimizer = build.build(node, where="optimizer", learning_rate=schedule)
+    since, every = clock.schedule.average, clock.schedule.average_every
+    if since is None:
+        return optimizer
+    with build.blamed("schedule.average"):
+        return training.averaged(optimizer, start=clock.steps(since), every=every)
 
 
 def recipe_of(settings: TrainSettings, clock: Clock) -> training.Recipe:

@@ -1,5 +1,6 @@
 """Train a network, attack it, certify it: `python -m experiments.train`."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from certjax import training
 from certjax.models import population_statistics
 from certjax.training.streams import stream
 from certjax.types import Array, Key
-from experiments import build, checkpoint, console, data, devices, runs
+from experiments import build, checkpoint, console, data, devices, runs, selection
 from experiments.cli import Launch, launch
 from experiments.evaluation import as_input, Evaluation, Examples, Weights
 from experiments.judging import (
@@ -38,6 +39,7 @@ from experiments.settings import (
     read,
     recipe_of,
     regularizer_of,
+    threat_of,
     TrainSettings,
 )
 from experiments.tracking import rewind, Tracker, tracking
@@ -61,6 +63,7 @@ class Job(NamedTuple):
     optimizer: optax.GradientTransformation
     initialize: Callable[[Key, Array], dict]
     step: Callable
+    choose: selection.Chooser | None
 
 
 class Place(NamedTuple):
@@ -96,6 +99,7 @@ def prepared(settings: TrainSettings) -> Job:
       ConfigError: the config cannot be run.
     """
     train = examples_of(settings.data, "train")
+    train, held = selection.held_out(settings, train)
     model = model_of(settings.model)
     check_fits(model, train.images[0])
     clock = Clock.of(settings.schedule, train.labels)
@@ -103,7 +107,6 @@ def prepared(settings: TrainSettings) -> Job:
     recipe = recipe_of(settings, clock)
     with build.blamed("objective.loss"):
         recipe(0)
-    augment = settings.data.augment
     step = training.train_step(
         model,
         recipe,
@@ -111,12 +114,29 @@ def prepared(settings: TrainSettings) -> Job:
         seed=settings.seed,
         regularizer=regularizer_of(settings, clock),
         l1=settings.objective.l1,
-        augment=augment and build.build(augment, where="data.augment"),
         clean=needs_clean_batch(settings, model, train.images[0]),
+        **options(settings),
     )
     evaluation = evaluation_of(plan_of(settings), model)
     initialize = initializer_of(settings.objective, model)
-    return Job(settings, train, evaluation, clock, optimizer, initialize, step)
+    choose = selection.chooser(settings, model, held, clock)
+    return Job(settings, train, evaluation, clock, optimizer, initialize, step, choose)
+
+
+def options(settings: TrainSettings) -> dict[str, Any]:
+    """What a config may add to the training step."""
+    objective, augment = settings.objective, settings.data.augment
+    nodes = {
+        "augment": (augment, "data.augment"),
+        "perturb": (objective.perturb, "objective.perturb"),
+        "statistics_at": (objective.statistics_at, "objective.statistics_at"),
+    }
+    made = {n: build.build(v, where=w) for n, (v, w) in nodes.items() if v}
+    if "statistics_at" in made:  # so far a builder, which waits for the threat set
+        threat = threat_of(settings.threat, settings.train_eps)
+        with build.blamed("objective.statistics_at"):
+            made["statistics_at"] = made["statistics_at"](threat)
+    return made
 
 
 def needs_clean_batch(
@@ -134,13 +154,18 @@ def train_and_judge(job: Job, place: Place) -> None:
     trained = restored_weights(path, model, job.train.images[0])
     if trained is None:
         state, seconds = fit(job, place)
-        size = job.settings.schedule.batch
-        weights = final_weights(model, state, job.train, batch=size)
-        checkpoint.save(path / WEIGHTS, total, weights, seconds=seconds)
-        trained = checkpoint.Restored(total, weights, {"seconds": seconds})
+        best = selection.chosen(job.settings, path, model, job.train.images[0])
+        weights, note = best or (final_weights(job, state), {"step": total})
+        note = {"seconds": seconds, "selected": note}
+        checkpoint.save(path / WEIGHTS, total, weights, **note)
+        trained = checkpoint.Restored(total, weights, note)
     plan = plan_of(job.settings)
     result = judge(place.run, plan, job.evaluation, trained.tree, place.stop)
     result["seconds"] |= {"train": trained.note["seconds"]}
+    result["selection"] = {
+        "on": job.settings.selection,
+        **trained.note.get("selected", {}),
+    }
     finish(place.run, result, place.tracker, step=total)
 
 
@@ -175,7 +200,12 @@ def loop(
         for step in range(start + 1, total + 1):
             state, metrics = job.step(state, *batch(step - 1))
             if step % every == 0 or step == total:
+                check(job, place, Progress(step, state, metrics, spent()))
                 advance(every, _log(job, place, step, state, metrics))
+            if job.choose is not None and job.choose.due(step):
+                weights = final_weights(job, state)
+                scores = selection.consider(job.choose, place.run.path, step, weights)
+                place.tracker.log(step, scores)
             due = time.monotonic() - saved > job.settings.checkpoint_seconds
             signum = place.stop()
             if signum or due or step == total:
@@ -185,6 +215,56 @@ def loop(
             if signum:
                 raise Stopped(signum, f"after step {step} of {total}")
     return state, spent()
+
+
+class Progress(NamedTuple):
+    """Where a training stands after a step."""
+
+    step: int
+    state: training.TrainState
+    metrics: dict[str, Any]
+    seconds: float
+
+
+def check(job: Job, place: Place, now: Progress) -> None:
+    """Stop a training that diverges, the last good state saved.
+
+    A step with a loss or gradient that is not finite leaves the state alone, so the
+    state is the last good one.
+
+    Raises:
+      RunError: too many steps were skipped; what the last one looked like.
+    """
+    skipped = now.step - int(now.state.step)
+    if skipped <= max(10, PATIENCE * job.clock.total):
+        return
+    folder = place.run.path / "checkpoint"
+    good = int(now.state.step)
+    checkpoint.save(folder, good, now.state, seconds=now.seconds)
+    raise RunError(
+        f"training diverged: {skipped} of {now.step} steps had a loss or gradient that "
+        f"is not finite. Step {now.step}: {describe(now.metrics)}. The last good state "
+        f"is kept in {folder}/{good}. Try a smaller optimizer.learning_rate, a smaller "
+        "optimizer.clip or a longer schedule.ramp, and start with fresh=true"
+    )
+
+
+def describe(metrics: dict[str, Any]) -> str:
+    """The loss terms of a step, and the layer whose bounds exploded."""
+    values = {name: float(value) for name, value in metrics.items()}
+    growth = {n: v for n, v in values.items() if n.startswith("growth_")}
+    hidden = {"finite", *growth}
+    terms = [f"{n} {v:.4g}" for n, v in sorted(values.items()) if n not in hidden]
+    broken = [name for name, value in growth.items() if not math.isfinite(value)]
+    if broken:
+        terms.append(f"the bounds of activation {broken[0][7:]} are not finite")
+    elif growth:
+        name = max(growth, key=lambda n: growth[n])
+        terms.append(
+            f"the widest bounds are those of activation {name[7:]}, "
+            f"{growth[name]:.3g} times as wide as the input"
+        )
+    return ", ".join(terms)
 
 
 def _log(
@@ -197,12 +277,6 @@ def _log(
         "train/skipped": skipped,
         "train/epoch": step / job.clock.steps_per_epoch,
     }
-    if skipped > max(10, PATIENCE * job.clock.total):
-        raise RunError(
-            f"training diverged: {skipped} of {step} steps had a loss or gradient that "
-            "is not finite; try a smaller optimizer.learning_rate, a smaller "
-            "optimizer.clip or a longer schedule.ramp, and start with fresh=true"
-        )
     place.tracker.log(step, row)
     return f"loss {row['train/loss']:.3f}"
 
@@ -223,16 +297,19 @@ def batches(train: Examples, settings: TrainSettings) -> Callable[[int], tuple]:
     return batch
 
 
-def final_weights(
-    model: nn.Module, state: training.TrainState, train: Examples, *, batch: int
-) -> Weights:
-    """What is evaluated: batch-norm statistics are those of all training examples."""
+def final_weights(job: Job, state: training.TrainState) -> Weights:
+    """What is evaluated: the averaged weights where the config averages them.
+
+    Batch-norm statistics are those of all training examples.
+    """
+    params = training.averaged_params(state.opt_state, state.params)
     if not state.statistics:
-        return Weights(state.params, {})
-    starts = range(0, len(train.labels) - batch + 1, batch)
-    rows = (devices.spread(train.images[i : i + batch]) for i in starts)
-    inputs = map(as_input, rows)
-    return Weights(state.params, population_statistics(model, state.params, inputs))
+        return Weights(params, {})
+    images, batch = job.train.images, job.settings.schedule.batch
+    starts = range(0, len(images) - batch + 1, batch)
+    inputs = (as_input(devices.spread(images[i : i + batch])) for i in starts)
+    model = job.evaluation.model
+    return Weights(params, population_statistics(model, params, inputs))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,13 @@ from certjax.training.objectives import (
     terms_of as terms_of,
     trades as trades,
 )
-from certjax.training.optimizers import adam as adam, sgd as sgd
+from certjax.training.optimizers import (
+    adam as adam,
+    averaged as averaged,
+    averaged_params as averaged_params,
+    sgd as sgd,
+    sharpness_aware as sharpness_aware,
+)
 from certjax.training.pixels import images as images
 from certjax.training.recipes import (
     Recipe as Recipe,
@@ -67,3 +73,4 @@ from certjax.training.step import (
     TrainState as TrainState,
 )
 from certjax.training.streams import stream as stream
+from certjax.training.weights import gaussian_weights as gaussian_weights
