@@ -1,7 +1,9 @@
 """Merge runs into one table: `python -m experiments.report runs/... [--latex]`.
 
 Runs that differ in the seed alone become one row, mean and standard deviation; the best
-entry of a column, among rows of the same data set and test radius, is bold.
+entry of a column, among rows of the same data set and test radius, is bold. Smoothed
+classifiers, whose radii differ between examples, have a table of their own, which takes
+logs in the format of Cohen et al. as well.
 """
 
 import argparse
@@ -11,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import console, runs
+from experiments import console, runs, smoothing_report
 from experiments.runs import RunError
 
 
@@ -36,8 +38,7 @@ def results_below(paths: Iterable[Path]) -> list[dict[str, Any]]:
       RunError: there is none.
     """
     paths = list(paths)
-    found = sorted({file for path in paths for file in path.rglob("result.json")})
-    folders = [file.parent for file in found if runs.finished(file.parent)]
+    folders = _finished_below(paths)
     results = [
         runs.read_json(folder / "result.json") | {"recipe": recipe(folder)}
         for folder in folders
@@ -46,6 +47,12 @@ def results_below(paths: Iterable[Path]) -> list[dict[str, Any]]:
         places = ", ".join(str(path) for path in paths)
         raise RunError(f"no finished run in {places}; give folders such as runs/<name>")
     return results
+
+
+def _finished_below(paths: Iterable[Path]) -> list[Path]:
+    """Directories of finished runs."""
+    found = sorted({file for path in paths for file in path.rglob("result.json")})
+    return [file.parent for file in found if runs.finished(file.parent)]
 
 
 def recipe(folder: Path) -> str:
@@ -130,45 +137,82 @@ def _number(values: list[float], plus: str) -> str:
 def headers(rows: list[Row]) -> list[str]:
     """Column titles; the methods are named where all rows share them."""
     methods = [{row.about[key] for row in rows} for key in ("attack", "certifier")]
-    attack, certifier = (str(m.pop()) if len(m) == 1 else "" for m in methods)
+    attack, certifier = (str(m.pop() or "") if len(m) == 1 else "" for m in methods)
     named = ("clean %", f"robust % {attack}", f"certified % {certifier}")
     return [*HEADER, *(title.strip() for title in named)]
 
 
 def markdown(rows: list[Row]) -> str:
     """A table of GitHub's Markdown."""
-    lines = [headers(rows), ["---"] * 7 + ["---:"] * 3]
-    lines += cells(rows, bold=lambda text: f"**{text}**", plus="±")
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    body = cells(rows, bold=lambda text: f"**{text}**", plus="±")
+    return _markdown(headers(rows), body, words=7)
+
+
+def _markdown(titles: list[str], body: list[list[str]], words: int) -> str:
+    marks = ["---"] * words + ["---:"] * (len(titles) - words)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [titles, marks, *body])
 
 
 def latex(rows: list[Row]) -> str:
     """A booktabs table of LaTeX."""
     body = cells(rows, bold=lambda text: rf"\textbf{{{text}}}", plus=r"$\pm$")
-    lines = [
-        " & ".join(map(_escaped, line)) + r" \\" for line in [headers(rows), *body]
-    ]
+    return _latex(headers(rows), body, words=7)
+
+
+def _latex(titles: list[str], body: list[list[str]], words: int) -> str:
+    lines = [" & ".join(map(_escaped, line)) + r" \\" for line in [titles, *body]]
     lines.insert(1, r"\midrule")
-    above = [r"\begin{tabular}{lllllllrrr}", r"\toprule"]
+    columns = "l" * words + "r" * (len(titles) - words)
+    above = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
     return "\n".join([*above, *lines, r"\bottomrule", r"\end{tabular}"])
+
+
+def smoothed(rows: list[smoothing_report.Row], *, as_latex: bool) -> str:
+    """The table of smoothed classifiers, LaTeX or Markdown."""
+    bold = (lambda t: rf"\textbf{{{t}}}") if as_latex else (lambda t: f"**{t}**")
+    body = smoothing_report.cells(rows, bold, r"$\pm$" if as_latex else "±")
+    table = _latex if as_latex else _markdown
+    return table(smoothing_report.headers(), body, words=8)
 
 
 def _escaped(text: str) -> str:
     return text.replace("_", r"\_").replace("%", r"\%")
 
 
+def tables(folders: list[Path], *, sigma: float | None, as_latex: bool) -> list[str]:
+    """The table of bounds and attacks, and that of smoothed classifiers.
+
+    Raises:
+      RunError: the folders hold neither a finished run nor a log.
+    """
+    logs = smoothing_report.logs_below(folders, sigma)
+    results = [] if logs and not _finished_below(folders) else results_below(folders)
+    plain = merged(r for r in results if not smoothing_report.is_smoothed(r))
+    rows = smoothing_report.rows_of(filter(smoothing_report.is_smoothed, results))
+    found = []
+    if plain:
+        found.append(latex(plain) if as_latex else markdown(plain))
+    if rows or logs:
+        found.append(smoothed(rows + logs, as_latex=as_latex))
+    return found
+
+
 def main(words: list[str] | None = None) -> None:
-    """Print the table of the runs in the folders given."""
+    """Print the tables of the runs in the folders given."""
     parser = argparse.ArgumentParser(prog="experiments.report", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="runs or folders of runs")
     parser.add_argument("--latex", action="store_true", help="LaTeX, not Markdown")
+    parser.add_argument("--sigma", type=float, help="noise of the logs")
+    parser.add_argument("--plot", type=Path, help="draw accuracy against radius here")
     chosen = parser.parse_args(words)
     try:
-        rows = merged(results_below(chosen.folders))
+        found = tables(chosen.folders, sigma=chosen.sigma, as_latex=chosen.latex)
+        if chosen.plot is not None:
+            smoothing_report.drawn(chosen.folders, chosen.plot)
     except RunError as error:
         console.fail(str(error))
         raise SystemExit(1) from None
-    print(latex(rows) if chosen.latex else markdown(rows))
+    print("\n\n".join(found))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from experiments import (
     smoothing_plots,
 )
 from experiments.cli import Launch
+from experiments.cohen_logs import RADII
 from experiments.evaluation import as_input, Examples, select
 from experiments.judging import RECORDS, Trained
 from experiments.runs import Run, RunError, Stopped
@@ -109,7 +110,7 @@ def is_smoothing(certifier: Node) -> bool:
 def work(config: dict[str, Any], launched: Launch) -> None:
     """Certify, from wherever that stands to its end."""
     trained = judging.finished_training(config["run"], config["data_dir"])
-    config = _with_sigma(config, _train_sigma(trained))
+    config = with_sigma(config, train_sigma(trained))
     settings = build.settings(
         SmoothingSettings,
         config | {"tracking": build.settings(Tracking, config["tracking"])},
@@ -138,11 +139,12 @@ def work(config: dict[str, Any], launched: Launch) -> None:
         _finish(run, result | runs.provenance(run), rows, tracker)
 
 
-def _train_sigma(trained: Trained) -> float | None:
+def train_sigma(trained: Trained) -> float | None:
+    """The noise level that the network was trained at; None: without noise."""
     return trained.settings.objective.loss.get("noise", {}).get("sigma")
 
 
-def _with_sigma(config: dict[str, Any], known: float | None) -> dict[str, Any]:
+def with_sigma(config: dict[str, Any], known: float | None) -> dict[str, Any]:
     """The config with the noise level of the training where none is given."""
     noise = config["certifier"].get("noise", {})
     if "sigma" not in noise or noise["sigma"] is not None:
@@ -224,7 +226,7 @@ def _about(settings: SmoothingSettings, trained: Trained) -> Record:
         "certifier": name_of(settings.certifier),
         **({"noise": name_of(noise)} if noise else {}),
         **{k: v for k, v in numbers.items() if k != "noise" and k[0] != "_"},
-        "train_sigma": _train_sigma(trained),
+        "train_sigma": train_sigma(trained),
         "seed": settings.seed,
         "dtype": settings.dtype,
         "block": settings.block,
@@ -344,6 +346,7 @@ def summary(rows: list[Record]) -> dict[str, Any]:
         "acr": average_certified_radius(radius, correct),
         "radii": grid.tolist(),
         "certified_at": shares.tolist(),
+        "table": radius_curve(radius, correct, grid=np.asarray(RADII)).tolist(),
         "intervals": [_interval(share, len(rows)) for share in shares],
         "abstained": sum(row["abstain"] for row in rows) / len(rows),
         "nan": sum(row["nan"] for row in rows),

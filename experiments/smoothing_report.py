@@ -1,0 +1,174 @@
+"""The papers' table of smoothed classifiers: ACR and certified accuracy at radii.
+
+Rows are finished certifications and logs in the format of Cohen et al.; those that
+differ in the seed of the training alone become one, mean and standard deviation. The
+best entry of a column, among rows of the same data, noise level, n, alpha and number of
+examples, is bold.
+"""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from certjax.smoothing.confidence import round_down
+from experiments import cohen_logs, console, runs
+from experiments.cohen_logs import RADII
+from experiments.runs import RunError
+
+
+SETTING = ("dataset", "norm", "noise", "sigma", "n", "alpha", "examples", "certifier")
+TRAINED = ("name", "model", "objective", "train_sigma", "recipe")
+HEADER = ("data", "noise", "sigma", "n", "alpha", "examples x seeds", "run", "training")
+LOGS = (".tsv", ".log", ".txt", "")  # endings of logs; those of Cohen et al. have none
+
+Setting = tuple[Any, ...]
+
+
+class Row(NamedTuple):
+    """Certifications of one recipe: what they share, ACR and shares of each seed."""
+
+    about: dict[str, Any]
+    acr: list[float]
+    shares: list[list[float]]
+
+
+def is_smoothed(result: dict[str, Any]) -> bool:
+    """Is this the result of a certification of a smoothed classifier?"""
+    return "acr" in result
+
+
+def rows_of(results: Iterable[dict[str, Any]]) -> list[Row]:
+    """One row for each group of certifications that differ in their seeds only."""
+    groups: dict[Setting, list[dict[str, Any]]] = defaultdict(list)
+    for result in results:
+        groups[tuple(result.get(key) for key in SETTING + TRAINED)].append(result)
+    ordered = sorted(groups.items(), key=lambda item: tuple(map(str, item[0])))
+    return [
+        Row(
+            dict(zip(SETTING + TRAINED, key, strict=True)),
+            [result["acr"] for result in group],
+            [result["table"] for result in group],
+        )
+        for key, group in ordered
+    ]
+
+
+def logs_below(paths: Iterable[Path], sigma: float | None) -> list[Row]:
+    """A row for every log of certificates in and below the folders, runs left out."""
+    files = {
+        file
+        for path in paths
+        for file in ([path] if path.is_file() else path.rglob("*"))
+        if file.is_file() and file.suffix in LOGS and _is_log(file)
+    }
+    return [_log_row(file, sigma) for file in sorted(files)]
+
+
+def _is_log(file: Path) -> bool:
+    if (file.parent / "certificates.jsonl").is_file():  # a run's own copy
+        return False
+    with file.open("rb") as opened:
+        return tuple(opened.readline(200).split()) == tuple(
+            name.encode() for name in cohen_logs.HEADER
+        )
+
+
+def _log_row(file: Path, sigma: float | None) -> Row:
+    log = cohen_logs.read(file)
+    if log.torn:
+        console.warn(f"{file}: {log.torn} torn lines left out")
+    found = cohen_logs.summary(log.rows)
+    best = None if sigma is None else cohen_logs.identify(log.rows, sigma)[0]
+    known = best is not None and best.attained >= 1.0
+    about = dict.fromkeys(SETTING + TRAINED) | {
+        "sigma": sigma,
+        "n": best.n if known else None,
+        "alpha": best.alpha if known else None,
+        "examples": found["examples"],
+        "name": file.name,
+        "objective": "(a log)",
+    }
+    return Row(about, [found["acr"]], [list(found["certified"].values())])
+
+
+def cells(rows: list[Row], bold: Callable[[str], str], plus: str) -> list[list[str]]:
+    """The text of every cell, rows in order."""
+    best: dict[tuple, float] = {}
+    for row in rows:
+        for column, value in enumerate(_means(row)):
+            place = (*_setting(row), column)
+            best[place] = max(best.get(place, 0.0), value)
+    table = []
+    for row in rows:
+        numbers = [
+            bold(text) if mean > 0 and mean == best[*_setting(row), column] else text
+            for column, (mean, text) in enumerate(
+                zip(_means(row), _texts(row, plus), strict=True)
+            )
+        ]
+        table.append([*_named(row), *numbers])
+    return table
+
+
+def _setting(row: Row) -> Setting:
+    return tuple(row.about[key] for key in SETTING)
+
+
+def _means(row: Row) -> list[float]:
+    columns = zip(*row.shares, strict=True)
+    return [statistics.mean(row.acr), *map(statistics.mean, columns)]
+
+
+def _texts(row: Row, plus: str) -> list[str]:
+    """ACR rounded down; certified accuracies in percent."""
+    spread = f" {plus} {statistics.stdev(row.acr):.4f}" if len(row.acr) > 1 else ""
+    acr, *shares = _means(row)
+    return [round_down(acr, 4) + spread, *(f"{100 * share:.1f}" for share in shares)]
+
+
+def _named(row: Row) -> list[str]:
+    about = row.about
+    number = lambda key: "" if about[key] is None else f"{about[key]:g}"
+    trials = "" if about["n"] is None else f"{about['n']:,}"
+    return [
+        about["dataset"] or "",
+        about["noise"] or about["certifier"] or "",
+        number("sigma"),
+        trials,
+        number("alpha"),
+        f"{about['examples']} x {len(row.acr)}",
+        about["name"],
+        about["objective"],
+    ]
+
+
+def headers() -> list[str]:
+    """Column titles."""
+    return [*HEADER, "ACR", *(f"{radius:g}" for radius in RADII)]
+
+
+def drawn(folders: Iterable[Path], picture: Path) -> None:
+    """Certified accuracy against the radius of every certification in the folders.
+
+    Raises:
+      RunError: there is none, or their radii are in several norms.
+    """
+    from experiments import smoothing_plots
+
+    found = [
+        (result, runs.read_lines(file.parent / "certificates.jsonl"))
+        for folder in folders
+        for file in sorted(folder.rglob("result.json"))
+        if runs.finished(file.parent) and is_smoothed(result := runs.read_json(file))
+    ]
+    found.sort(key=lambda entry: entry[0].get("sigma") or 0.0)
+    norms = {result["norm"] for result, _ in found}
+    if len(norms) != 1:
+        raise RunError(
+            f"a picture needs certifications in one norm, found {len(found)} in "
+            f"{', '.join(sorted(norms)) or 'none'}; name their folders"
+        )
+    smoothing_plots.radius_curves(picture, found)
+    console.say(f"written to {picture}")
