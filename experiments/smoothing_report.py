@@ -21,7 +21,6 @@ from experiments.runs import RunError
 SETTING = ("dataset", "norm", "noise", "sigma", "n", "alpha", "examples", "certifier")
 TRAINED = ("name", "model", "objective", "train_sigma", "recipe")
 HEADER = ("data", "noise", "sigma", "n", "alpha", "examples x seeds", "run", "training")
-LOGS = (".tsv", ".log", ".txt", "")  # endings of logs; those of Cohen et al. have none
 
 Setting = tuple[Any, ...]
 
@@ -61,7 +60,7 @@ def logs_below(paths: Iterable[Path], sigma: float | None) -> list[Row]:
         file
         for path in paths
         for file in ([path] if path.is_file() else path.rglob("*"))
-        if file.is_file() and file.suffix in LOGS and _is_log(file)
+        if file.is_file() and _is_log(file)
     }
     return [_log_row(file, sigma) for file in sorted(files)]
 
