@@ -1,5 +1,6 @@
 """Evaluating a trained network, for all entry points: what, how, and the result."""
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from certjax.threat import Threat
 from experiments import (
     attacking,
     build,
+    cascade,
     checkpoint,
     console,
     data,
@@ -153,22 +155,39 @@ def _methods(
     """The certifier and the attack of a plan, tried on their threat sets."""
     methods = []
     if plan.certifier is not None:
-        bounds = build.build(plan.certifier, where="certifier")
-        threat = threat_of(plan.threat, plan.test_eps)
-        methods.append(certify_method(model, bounds, threat))
+        methods.append(_certify_method(plan, model, image))
     if plan.attack is not None:
         methods.append(_attack_method(plan, model, image, folder))
     return tuple(methods)
 
 
+def _certify_method(plan: Plan, model: nn.Module, image: np.ndarray) -> Method:
+    threat = threat_of(plan.threat, plan.test_eps)
+    if not cascade.is_cascade(plan.certifier):
+        bounds = build.build(plan.certifier, where="certifier")
+        if build.accepts(bounds, "model"):  # a certificate that the architecture gives
+            bounds = functools.partial(bounds, model=model)
+        return certify_method(model, bounds, threat)
+
+    def attack_method(node: Node, where: str) -> Method:
+        load = functools.partial(_network, plan.data.dir)
+        adversary = attacking.adversary_of(node, load=load, where=where)
+        attacking.check(adversary, model, threat, image)
+        return attacking.attack_method(model, adversary, threat)
+
+    return cascade.cascade_method(model, plan.certifier, threat, attack_method)
+
+
+def _network(data_dir: str | None, path: str) -> attacking.Network:
+    """The network of another run, for attacks by transfer."""
+    other = finished_training(path, data_dir)
+    return attacking.Network(other.model, other.weights)
+
+
 def adversary_of(plan: Plan) -> tuple[Threat, attacking.Adversary]:
     """The threat set and the attack of a plan."""
-
-    def load(path: str) -> attacking.Network:
-        other = finished_training(path, plan.data.dir)
-        return attacking.Network(other.model, other.weights)
-
     threat = threat_of(plan.threat, plan.attack_eps)
+    load = functools.partial(_network, plan.data.dir)
     return threat, attacking.adversary_of(plan.attack, load=load)
 
 
@@ -226,6 +245,8 @@ def judge(
         **results.summary(rows),
         **results.consistency(whole, comparable=_comparable(plan)),
     }
+    if plan.certifier is not None and cascade.is_cascade(plan.certifier):
+        result["stages"] = cascade.totals(plan.certifier, rows)
     if plan.curve_points and task.methods:
         result["curve"] = _curve(plan, task)
     result["data_sha256"] = dataset_of(plan.data).sha256
@@ -252,6 +273,9 @@ def _described(plan: Plan) -> dict[str, Any]:
         found |= {"certifier": label_of(plan.certifier), "test_eps": plan.test_eps}
         # which arithmetic the bounds hold in: of real numbers, or of the program
         found["arithmetic"] = "float32" if plan.certifier.get("sound") else "real"
+    broken_by = cascade.attacks_of(plan.certifier or {})
+    if broken_by:
+        found |= {"attack": " > ".join(broken_by), "attack_eps": plan.test_eps}
     if plan.attack is not None:
         threat = threat_of(plan.threat, plan.attack_eps)
         found |= {"attack": label_of(plan.attack), "attack_eps": plan.attack_eps}

@@ -68,8 +68,19 @@ def show(result: dict[str, Any]) -> None:
     console.table(
         title_of(result), ["accuracy", "eps", "%", "examples", "95 % interval"], grid
     )
+    if "stages" in result:
+        columns = ["stage", "examples", "answered", "seconds"]
+        console.table("certified by stages", columns, _stages(result["stages"]))
     _attack(result)
     _caveats(result)
+
+
+def _stages(found: dict[str, dict[str, Any]]) -> list[list[str]]:
+    keys = ("examples", "answered", "seconds")
+    return [
+        [name, *(f"{stage[key]:g}" if key in stage else "" for key in keys)]
+        for name, stage in found.items()
+    ]
 
 
 def _attack(result: dict[str, Any]) -> None:

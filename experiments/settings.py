@@ -209,6 +209,8 @@ def name_of(node: Node) -> str:
 
 def label_of(node: Node) -> str:
     """A method's name for tables: PGD-40, PGD-40x5, IBP, CROWN-IBP, IBP in float32."""
+    if "stages" in node:
+        return f"CASCADE to {label_of(list(node['stages'].values())[-1])}"
     name = name_of(node).removesuffix("_stages").upper().replace("_", "-")
     restarts = node.get("restarts", 1)
     parts = [name, node.get("version"), node.get("steps"), node.get("queries")]

@@ -1,0 +1,190 @@
+"""Certification by a cascade: cheap methods first, each example until its first answer.
+
+An attack answers with a misclassified point of the threat set, a bound with a proof.
+After each stage the examples without an answer are packed into batches of the size that
+the next one can hold in memory (`lanes`), the last padded, so that every stage is one
+compiled program however many are left.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import numpy as np
+
+from certjax.threat import Threat
+from certjax.types import Key
+from experiments import build, devices
+from experiments.build import ConfigError
+from experiments.evaluation import (
+    certify_method,
+    Examples,
+    judge_batch,
+    Method,
+    Record,
+    Weights,
+)
+from experiments.settings import label_of, Node
+
+
+ATTACKS = "certjax.attacks."
+UNDECIDED = "undecided"
+Fields = dict[str, np.ndarray]
+
+
+class Stage(NamedTuple):
+    """One method: its name, what it does, and how many examples it takes at once."""
+
+    name: str
+    method: Method
+    lanes: int
+    attacks: bool
+
+
+def is_cascade(node: Node) -> bool:
+    """Does a certifier's config list stages?"""
+    return "stages" in node
+
+
+def attacks_of(node: Node) -> list[str]:
+    """Labels of the stages that attack."""
+    stages = node.get("stages", {}).values()
+    return [label_of(own) for own in stages if _attacks(own)]
+
+
+def _attacks(node: Node) -> bool:
+    return str(node.get("_target_")).startswith(ATTACKS)
+
+
+def cascade_method(
+    model: nn.Module,
+    node: Node,
+    threat: Threat,
+    attack_method: Callable[[Node, str], Method],
+) -> Method:
+    """The stages of a config as one method.
+
+    The fields of a record:
+      certified: proved by some stage.  robust: no stage broke it.  nan, outside: as of
+      the stages.
+      margin: the best lower bound of the margin; NaN where an attack answered first.
+      stage: the stage that answered, "clean" for a misclassified example, or
+        "undecided".
+      seconds_<stage>: the example's share of the time of its batch, compilation
+        included; 0 where it did not get there.
+
+    Args:
+      model: the network.
+      node: config with `stages`: {name: config of an attack or of a bound}.
+      threat: the perturbation set.
+      attack_method: an attack's config and its key -> method.
+    """
+    stages = [
+        _stage(name, own, model, threat, attack_method)
+        for name, own in node["stages"].items()
+    ]
+    if not stages:
+        raise ConfigError("`certifier.stages` is empty; name at least one bound")
+
+    def judge(weights: Weights, eps: float, key: Key, examples: Examples) -> Fields:
+        board = _Board.of(len(examples.labels), stages)
+        for stage in stages:
+            run = functools.partial(_run, stage, weights, eps, key)
+            board.ask(stage, run, examples)
+        return board.fields
+
+    failed: Record = {"certified": False, "robust": False, "outside": False}
+    failed |= {"margin": math.nan, "stage": "clean"}
+    failed |= {f"seconds_{stage.name}": 0.0 for stage in stages}
+    return Method(judge, threat.eps, failed, own_batches=True)
+
+
+def _stage(
+    name: str,
+    node: Node,
+    model: nn.Module,
+    threat: Threat,
+    attack_method: Callable[[Node, str], Method],
+) -> Stage:
+    where = f"certifier.stages.{name}"
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"`{where}` must name a method by `_target_`, got {node!r}")
+    lanes = node.get("lanes", devices.default_batch())
+    own = {key: value for key, value in node.items() if key != "lanes"}
+    if not isinstance(lanes, int) or lanes < 1:
+        raise ConfigError(f"`{where}.lanes` must be at least 1, got {lanes!r}")
+    if _attacks(own):
+        return Stage(name, attack_method(own, where), lanes, True)
+    bounds = build.build({"_partial_": True, **own}, where=where)
+    return Stage(name, certify_method(model, bounds, threat), lanes, False)
+
+
+def _run(
+    stage: Stage, weights: Weights, eps: float, key: Key, rows: Examples
+) -> Fields:
+    """The fields of one stage for at most as many examples as it has lanes."""
+    if stage.method.own_batches:
+        return stage.method.judge(weights, eps, key, rows)
+    method = stage.method._replace(eps=eps)  # bounds draw nothing: any seed
+    return judge_batch(method, weights, rows, seed=0, batch=stage.lanes)
+
+
+class _Board:
+    """What is known of the examples of one batch."""
+
+    def __init__(self, fields: Fields) -> None:
+        self.fields = fields
+
+    @classmethod
+    def of(cls, count: int, stages: list[Stage]) -> "_Board":
+        """Nothing is known yet."""
+        no, zero = np.zeros(count, bool), np.zeros(count)
+        fields = {"certified": no.copy(), "robust": ~no, "outside": no.copy()}
+        fields |= {"nan": no.copy(), "margin": np.full(count, np.nan)}
+        fields |= {"stage": np.full(count, UNDECIDED, object)}
+        fields |= {f"seconds_{stage.name}": zero.copy() for stage in stages}
+        return cls(fields)
+
+    def ask(
+        self, stage: Stage, run: Callable[[Examples], Fields], examples: Examples
+    ) -> None:
+        """One stage on all examples without an answer."""
+        alive = np.flatnonzero(self.fields["stage"] == UNDECIDED)
+        for start in range(0, len(alive), stage.lanes):
+            chosen = alive[start : start + stage.lanes]
+            rows = Examples(*(array[chosen] for array in examples))
+            began = time.monotonic()
+            found = run(rows)
+            share = (time.monotonic() - began) / len(chosen)
+            self.fields[f"seconds_{stage.name}"][chosen] = round(share, 6)
+            self.write(stage, chosen, found)
+
+    def write(self, stage: Stage, chosen: np.ndarray, found: Fields) -> None:
+        """The answers of a stage; a NaN is remembered and answers nothing."""
+        self.fields["nan"][chosen] |= found["nan"]
+        if stage.attacks:
+            self.fields["robust"][chosen] = found["robust"]
+            self.fields["outside"][chosen] = found["outside"]
+            answered = ~found["robust"]
+        else:
+            self.fields["certified"][chosen] = found["certified"]
+            known = self.fields["margin"][chosen]
+            self.fields["margin"][chosen] = np.fmax(known, found["margin"])
+            answered = found["certified"]
+        self.fields["stage"][chosen[answered]] = stage.name
+
+
+def totals(node: Node, rows: list[Record]) -> dict[str, dict[str, Any]]:
+    """For each stage: examples that came to it, that it answered, and its seconds."""
+    names = ["clean", *node["stages"]]
+    answered = {name: sum(row["stage"] == name for row in rows) for name in names}
+    found, left = {}, len(rows)
+    for name in names:
+        spent = sum(row.get(f"seconds_{name}") or 0.0 for row in rows)
+        found[name] = {"examples": left, "answered": answered[name]}
+        found[name] |= {"seconds": round(spent, 3)}
+        left -= answered[name]
+    return found | {UNDECIDED: {"examples": left}}
