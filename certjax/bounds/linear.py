@@ -26,6 +26,9 @@ from certjax.bounds.forward import by_forward
 from certjax.bounds.interval import ibp
 from certjax.bounds.patches import Patches, Window
 from certjax.bounds.problem import (
+    Anchors,
+    anchors_of,
+    distance_at,
     intersect,
     intersect_trees,
     MAX_BYTES,
@@ -96,15 +99,15 @@ def crown(
 
 
 class Rows(NamedTuple):
-    """`sum_node <coefficients[node], node> + constant`, for each of R rows.
+    """`sum_node <coefficients[node], node - anchor> + value`, for each of R rows.
 
     coefficients: node -> [R, *node]; or, while all of them are local, `Patches` with
       R channels at every position.
-    constant: [R], with patches [R, *grid or 1s].
+    value: [R], with patches [R, *grid or 1s]; where every node has its anchor's value.
     """
 
     coefficients: dict[Node, Any]
-    constant: Array
+    value: Array
 
 
 def pull_back(
@@ -126,7 +129,7 @@ def pull_back(
     Returns:
       2R rows in the input nodes: R below the rows, then R below their negatives.
     """
-    start = Rows({target: rows}, jnp.zeros(rows.shape[0], rows.dtype))
+    start = Rows({target: rows}, _contract(rows, problem.anchors[target]))
     return _walk_back(problem, target, start, shares or {}, affine_only=affine_only)
 
 
@@ -170,18 +173,20 @@ def _step(problem: Problem, i: int, state: Rows, share: Array | None) -> Rows:
         state = spread(state)
         dense = [state.coefficients.pop(o, None) for o in equation.outputs]
         if i in problem.relaxations:
-            parts, constant = _pull_relaxed(problem, i, values, dense[0], share)
+            parts, more = _pull_relaxed(problem, i, values, dense[0], share)
         else:
-            parts, constant = _pull_affine(equation, values, dense)
+            parts, more = _pull_affine(equation, values, dense), None
     else:
-        parts, constant = local
-    state = _add(state, equation, parts, constant)
+        parts, more = local
+    if more is not None:
+        state = state._replace(value=state.value + more)
+    state = _add(state, equation, parts)
     return spread(state) if _too_wide(state) else state
 
 
 def _pull_local(
     problem: Problem, i: int, values: list, taken: dict[Node, Any]
-) -> tuple[dict[int, Any], Array] | None:
+) -> tuple[dict[int, Any], Array | None] | None:
     """The step in patches, where there is one."""
     first = next(iter(taken.values()))
     if not isinstance(first, Patches):
@@ -189,8 +194,10 @@ def _pull_local(
     if i in problem.relaxations:
         relaxation = problem.relaxations[i]
         assert relaxation is not None
-        return patches.pull_relaxed(relaxation, values, first)
-    return patches.pull_affine(problem.graph.equations[i], values, first)
+        anchors = anchors_of(problem, i, values)
+        return patches.pull_relaxed(relaxation, values, anchors, first)
+    parts = patches.pull_affine(problem.graph.equations[i], values, first)
+    return None if parts is None else (parts, None)
 
 
 def _too_wide(state: Rows) -> bool:
@@ -201,11 +208,11 @@ def _too_wide(state: Rows) -> bool:
 def spread(state: Rows) -> Rows:
     """The rows with every patch written out as an image."""
     local = [c for c in state.coefficients.values() if isinstance(c, Patches)]
-    constant = state.constant
-    if constant.ndim > 1:
-        grid = local[0].window.grid if local else constant.shape[1:]
-        constant = jnp.broadcast_to(constant, (constant.shape[0], *grid)).ravel()
-    return Rows({n: _dense(c) for n, c in state.coefficients.items()}, constant)
+    value = state.value
+    if value.ndim > 1:
+        grid = local[0].window.grid if local else value.shape[1:]
+        value = jnp.broadcast_to(value, (value.shape[0], *grid)).ravel()
+    return Rows({n: _dense(c) for n, c in state.coefficients.items()}, value)
 
 
 def _dense(c: Any) -> Array | None:
@@ -215,7 +222,7 @@ def _dense(c: Any) -> Array | None:
 def mirror(state: Rows) -> Rows:
     """The rows and their negatives."""
     coefficients = {node: _both_signs(c) for node, c in state.coefficients.items()}
-    return Rows(coefficients, _both_signs(state.constant))
+    return Rows(coefficients, _both_signs(state.value))
 
 
 def _both_signs(c: Any) -> Any:
@@ -224,9 +231,8 @@ def _both_signs(c: Any) -> Any:
     return jnp.concatenate([c, -c])
 
 
-def _add(state: Rows, equation: Equation, parts: dict[int, Any], more: Array) -> Rows:
+def _add(state: Rows, equation: Equation, parts: dict[int, Any]) -> Rows:
     """The rows with more coefficients of an equation's operands."""
-    state = state._replace(constant=state.constant + more)
     sums = dict(state.coefficients)
     for i, part in parts.items():
         node = equation.inputs[i]
@@ -237,8 +243,7 @@ def _add(state: Rows, equation: Equation, parts: dict[int, Any], more: Array) ->
         return state._replace(coefficients=sums)
     # windows that do not line up: everything as images
     images = {i: patches.densify(part) for i, part in parts.items()}
-    state = spread(state)
-    return _add(state, equation, images, jnp.zeros_like(state.constant))
+    return _add(spread(state), equation, images)
 
 
 def _plus(known: Array | None, part: Array) -> Array:
@@ -261,8 +266,8 @@ def _weigh(rows: Array, value: Array) -> Array:
 
 def _pull_affine(
     equation: Equation, values: list, taken: list[Array | None]
-) -> tuple[dict[int, Array], Array]:
-    """Coefficients of the operands, and the contribution of the value at 0."""
+) -> dict[int, Array]:
+    """Coefficients of the operands: the value at the anchors stays as it is."""
     chosen = operands(values)
 
     def apply(*args: Array) -> list[Array]:
@@ -275,31 +280,14 @@ def _pull_affine(
             full[i] = arg
         return equation.bind(*full)
 
-    zeros = [jnp.zeros(values[i].lower.shape, values[i].lower.dtype) for i in chosen]
-    at_zero, pull = jax.vjp(apply, *zeros)
+    zeros = [jnp.zeros_like(values[i].lower) for i in chosen]
+    outputs, pull = jax.vjp(apply, *zeros)
     rows = next(c for c in taken if c is not None)
     filled = [
         jnp.zeros((rows.shape[0], *v.shape), v.dtype) if c is None else c
-        for c, v in zip(taken, at_zero, strict=True)
+        for c, v in zip(taken, outputs, strict=True)
     ]
-    parts = jax.vmap(pull)(filled)
-    constant = jnp.zeros(rows.shape[0], rows.dtype)
-    if not _vanishes_at_zero(equation, values):
-        constant = sum(map(_contract, filled, at_zero), start=constant)
-    return dict(zip(chosen, parts, strict=True)), constant
-
-
-def _vanishes_at_zero(equation: Equation, values: list) -> bool:
-    linear_in_any = {
-        p.mul_p,
-        p.div_p,
-        p.dot_general_p,
-        p.conv_general_dilated_p,
-        p.dynamic_slice_p,
-    }
-    return equation.primitive in linear_in_any or all(
-        isinstance(v, Interval) for v in values
-    )
+    return dict(zip(chosen, jax.vmap(pull)(filled), strict=True))
 
 
 def _pull_relaxed(
@@ -307,34 +295,42 @@ def _pull_relaxed(
 ) -> tuple[dict[int, Array], Array]:
     """Positive coefficients go through the lower function, negative ones the upper."""
     equation, chosen = problem.graph.equations[i], operands(values)
-    zeros = [jnp.zeros(values[j].lower.shape, values[j].lower.dtype) for j in chosen]
+    anchors = anchors_of(problem, i, values)
     if share is None:
-        parts, constant = _through(problem.relaxations[i], zeros, rows)
-        return dict(zip(chosen, parts, strict=True)), constant
+        relaxation = problem.relaxations[i]
+        assert relaxation is not None
+        parts, more = _through(relaxation, anchors, rows)
+        return dict(zip(chosen, parts, strict=True)), more
 
     def one(row: Array, own: Array) -> tuple[list[Array], Array]:
-        parts, constant = _through(relax(equation, values, own), zeros, row[None])
-        return [part[0] for part in parts], constant[0]
+        sides = relax(equation, values, own)
+        # the anchor lies on the line of the default share, not on this one
+        relaxation = Relaxation(*(s._replace(homogeneous=False) for s in sides))
+        parts, more = _through(relaxation, anchors, row[None])
+        return [part[0] for part in parts], more[0]
 
-    parts, constant = jax.vmap(one)(rows, share)
-    return dict(zip(chosen, parts, strict=True)), constant
+    parts, more = jax.vmap(one)(rows, share)
+    return dict(zip(chosen, parts, strict=True)), more
 
 
 def _through(
-    relaxation: Relaxation, zeros: list[Array], rows: Array
+    relaxation: Relaxation, anchors: Anchors, rows: Array
 ) -> tuple[list[Array], Array]:
+    """Coefficients of the operands, and the lines' distances at the anchors."""
+    total, more = None, jnp.zeros(rows.shape[0], rows.dtype)
     signs = (jnp.maximum(rows, 0.0), jnp.minimum(rows, 0.0))
-    total, constant = None, jnp.zeros(rows.shape[0], rows.dtype)
     for part, side in zip(signs, relaxation, strict=True):
+        zeros = [jnp.zeros_like(anchor) for anchor in anchors.operands]
         pulled = jax.vmap(jax.vjp(side.linear, *zeros)[1])(part) if zeros else []
-        if not side.homogeneous:
-            constant = constant + _weigh(part, side.offset)
+        distance = distance_at(side, anchors)
+        if distance is not None:
+            more = more + _weigh(part, distance)
         total = (
             pulled
             if total is None
             else [a + b for a, b in zip(total, pulled, strict=True)]
         )
-    return list(total), constant
+    return list(total), more
 
 
 # ------------------------------------------------------------------------- closing rows
@@ -347,7 +343,7 @@ def close(problem: Problem, rows: Rows) -> Array:
             return _close_patches(problem, rows)
         rows = spread(rows)
     leaves, tree = jax.tree.flatten(problem.x)
-    count = rows.constant.shape[0]
+    count = rows.value.shape[0]
     filled = [
         rows.coefficients.get(node, jnp.zeros((count, *jnp.shape(leaf))))
         for node, leaf in zip(problem.graph.inputs, leaves, strict=True)
@@ -356,7 +352,7 @@ def close(problem: Problem, rows: Rows) -> Array:
     def one(*coefficients: Array) -> Array:
         return problem.threat.minimum(problem.x, jax.tree.unflatten(tree, coefficients))
 
-    return jax.vmap(one)(*filled) + rows.constant
+    return jax.vmap(one)(*filled) + rows.value
 
 
 def _close_patches(problem: Problem, rows: Rows) -> Array:
@@ -372,9 +368,9 @@ def _close_patches(problem: Problem, rows: Rows) -> Array:
 
     for _ in range(grid):
         one = jax.vmap(one, (axes, 0))
-    shape = (rows.constant.shape[0], *found.window.grid)
+    shape = (rows.value.shape[0], *found.window.grid)
     values = jnp.broadcast_to(found.values, (*shape, *found.window.patch))
-    return jax.vmap(one, (None, 0))(known, values) + rows.constant
+    return jax.vmap(one, (None, 0))(known, values) + rows.value
 
 
 def bounds_of_rows(
@@ -423,7 +419,7 @@ def _enclose_channels(problem: Problem, node: Node, window: Window) -> Interval:
     def some(index: Array) -> Interval:
         rows = jax.nn.one_hot(index, channels, dtype=dtype)
         rows = Patches(rows.reshape(-1, *ones, *window.patch), window)
-        start = Rows({node: rows}, jnp.zeros((index.size, *ones), dtype))
+        start = Rows({node: rows}, patches.weigh(rows, problem.anchors[node]))
         found = close(problem, _walk_back(problem, node, start, {}))
         lower, negated = jnp.split(found.reshape(2 * index.size, *window.grid), 2)
         return Interval(lower, -negated)
@@ -513,12 +509,12 @@ def by_ibp(problem: Problem, node: Node) -> Interval | None:
         return None
     rows = jnp.eye(size, dtype=node.aval.dtype).reshape(size, *node.aval.shape)
     state = pull_back(problem, node, rows, affine_only=True)
-    lower = state.constant
+    lower = state.value
     for cut, coefficients in state.coefficients.items():
         centre, radius = (
             problem.env[cut].upper + sign * problem.env[cut].lower for sign in (1, -1)
         )
-        lower = lower + _contract(coefficients, centre / 2)
+        lower = lower + _contract(coefficients, centre / 2 - problem.anchors[cut])
         lower = lower - _contract(jnp.abs(coefficients), radius / 2)
     low, negated = jnp.split(lower, 2)
     return _shaped(Interval(low, -negated), node.aval.shape)

@@ -18,7 +18,13 @@ import numpy as np
 from jax import lax
 
 from certjax.bounds.convolution import convolution
-from certjax.bounds.problem import is_nonlinear, Problem, values_of
+from certjax.bounds.problem import (
+    Anchors,
+    distance_at,
+    is_nonlinear,
+    Problem,
+    values_of,
+)
 from certjax.bounds.relax import operands, Relaxation
 from certjax.types import Array
 from certjax.walk import Equation, Node, primitives as p
@@ -168,11 +174,11 @@ POINTWISE = {
     p.copy_p,
     p.stop_gradient_p,
 }
-Pulled = tuple[dict[int, Patches], Array] | None
+Pulled = dict[int, Patches] | None
 
 
 def pull_affine(equation: Equation, values: list, patches: Patches) -> Pulled:
-    """Patches of the operands and the constant [R, *grid]; None: no local rule."""
+    """Patches of the operands; None: no local rule."""
     chosen = operands(values)
     if equation.primitive in RESHAPES and len(chosen) == 1:
         return _pull_reshape(values, chosen[0], patches)
@@ -183,12 +189,6 @@ def pull_affine(equation: Equation, values: list, patches: Patches) -> Pulled:
     return None
 
 
-def _nothing(patches: Patches) -> Array:
-    """The constant 0, of shape [R, 1, ...]."""
-    grid = len(patches.window.grid)
-    return jnp.zeros((patches.values.shape[0], *[1] * grid), patches.values.dtype)
-
-
 def _pull_reshape(values: list, i: int, patches: Patches) -> Pulled:
     window, shape = patches.window, values[i].lower.shape
     space = _moved(window.shape, shape, window.space)
@@ -197,7 +197,7 @@ def _pull_reshape(values: list, i: int, patches: Patches) -> Pulled:
     window = window._replace(shape=tuple(shape), space=space)
     lead = patches.values.shape[: 1 + len(window.grid)]
     moved = Patches(patches.values.reshape(*lead, *window.patch), window)
-    return {i: moved}, _nothing(patches)
+    return {i: moved}
 
 
 def _pull_pointwise(
@@ -206,15 +206,10 @@ def _pull_pointwise(
     window = patches.window
     if any(values[i].lower.shape != window.shape for i in chosen):
         return None
-    parts = {
+    return {
         i: patches._replace(values=_scaled(equation, values, i, patches))
         for i in chosen
     }
-    if len(chosen) > 1 or equation.primitive not in (p.add_p, p.sub_p):
-        return parts, _nothing(patches)
-    (i,) = chosen
-    sign = -1.0 if equation.primitive is p.sub_p and i == 0 else 1.0
-    return parts, weigh(patches, sign * values[1 - i])
 
 
 def _scaled(equation: Equation, values: list, i: int, patches: Patches) -> Array:
@@ -265,7 +260,7 @@ def _pull_convolution(equation: Equation, values: list, patches: Patches) -> Pul
         sizes.append(int(np.prod(pulled.shape)) * pulled.dtype.itemsize)
     if window.hangs_over():
         pulled = jnp.where(_inside(window)[None], pulled, 0.0)
-    return {0: Patches(pulled, window)}, _nothing(patches)
+    return {0: Patches(pulled, window)}
 
 
 def _transposed(
@@ -310,8 +305,13 @@ def _widened(
     )
 
 
-def pull_relaxed(relaxation: Relaxation, values: list, patches: Patches) -> Pulled:
-    """Patches through elementwise lines, by the sign of each coefficient."""
+def pull_relaxed(
+    relaxation: Relaxation, values: list, anchors: Anchors, patches: Patches
+) -> tuple[dict[int, Patches], Array] | None:
+    """Patches through elementwise lines, by the sign of each coefficient.
+
+    With the patches [R, *grid]: the lines' distances at the anchors.
+    """
     chosen, window = operands(values), patches.window
     elementwise = all(side.slopes is not None for side in relaxation)
     if not elementwise or any(values[i].lower.shape != window.shape for i in chosen):
@@ -322,10 +322,11 @@ def pull_relaxed(relaxation: Relaxation, values: list, patches: Patches) -> Pull
         under = [unfold(side.slopes[k], window)[None] for side in relaxation]
         terms = [part * slope for part, slope in zip(signs, under, strict=True)]
         parts[i] = Patches(terms[0] + terms[1], window)
+    distances = [distance_at(side, anchors) for side in relaxation]
     total = sum(
-        part * unfold(side.offset, window)[None]
-        for part, side in zip(signs, relaxation, strict=True)
-        if not side.homogeneous
+        part * unfold(distance, window)[None]
+        for part, distance in zip(signs, distances, strict=True)
+        if distance is not None
     )
     axes = tuple(range(1 + len(window.grid), patches.values.ndim))
     return parts, jnp.sum(total, axis=axes)

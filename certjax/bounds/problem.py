@@ -20,6 +20,7 @@ from certjax.bounds.relax import (
     operands,
     relax,
     Relaxation,
+    Side,
 )
 from certjax.bounds.rewrite import prepare
 from certjax.threat import Threat
@@ -36,6 +37,9 @@ class Problem(NamedTuple):
 
     env: intervals of the nodes that depend on the input, values of the others.
     relaxations: by position of the equation; filled as the intervals are found.
+    anchors: one value of each node, 0 for the inputs, that satisfies every affine
+      equation: a linear function of the nodes is carried by its value there, which
+      an affine step does not change.
     """
 
     graph: Graph
@@ -43,6 +47,7 @@ class Problem(NamedTuple):
     x: PyTree
     env: dict[Any, Any]
     relaxations: dict[int, Relaxation]
+    anchors: dict[Node, Array]
     positions: dict[Node, int]
     slope: Slope
     max_bytes: int
@@ -64,7 +69,8 @@ def pose(
         for i, equation in enumerate(graph.equations)
         for node in equation.outputs
     }
-    return Problem(graph, threat, x, env, {}, positions, slope, max_bytes), tree
+    anchors = {node: jnp.zeros_like(env[node].lower) for node in graph.inputs}
+    return Problem(graph, threat, x, env, {}, anchors, positions, slope, max_bytes), tree
 
 
 def solve(problem: Problem, refine: Refine) -> None:
@@ -80,6 +86,53 @@ def solve(problem: Problem, refine: Refine) -> None:
             problem.relaxations[i] = relaxed(problem, equation, values)
         outputs = interval_step(equation, values)
         problem.env.update(zip(equation.outputs, outputs, strict=True))
+        problem.anchors.update(_anchored(problem, i, values))
+
+
+def _anchored(problem: Problem, i: int, values: list) -> dict[Node, Array]:
+    """The anchors of equation i's results.
+
+    Those of a nonlinear one are free: its homogeneous line's value, if it has one,
+    because that line then adds nothing to the rows, else 0.
+    """
+    equation = problem.graph.equations[i]
+    chosen = operands(values)
+    known = {j: problem.anchors.get(equation.inputs[j]) for j in chosen}
+    if not known or any(anchor is None for anchor in known.values()):
+        return {}
+    if i not in problem.relaxations:
+        full = [known.get(j, value) for j, value in enumerate(values)]
+        return dict(zip(equation.outputs, equation.bind(*full), strict=True))
+    relaxation = problem.relaxations[i]
+    if relaxation is None:
+        return {}
+    line = next((side for side in relaxation if side.homogeneous), None)
+    zero = jnp.zeros_like(relaxation.lower.offset)
+    return {equation.outputs[0]: line.linear(*known.values()) if line else zero}
+
+
+class Anchors(NamedTuple):
+    """Those of a nonlinear equation: of its bounded operands, and of its result."""
+
+    operands: list[Array]
+    result: Array
+
+
+def anchors_of(problem: Problem, i: int, values: list) -> Anchors:
+    """The anchors of a nonlinear equation that is solved."""
+    equation = problem.graph.equations[i]
+    known = [problem.anchors[equation.inputs[j]] for j in operands(values)]
+    return Anchors(known, problem.anchors[equation.outputs[0]])
+
+
+def distance_at(side: Side, anchors: Anchors) -> Array | None:
+    """How far a line lies above the result's anchor, at the operands' anchors.
+
+    None: it goes through the anchor, which was chosen so.
+    """
+    if side.homogeneous:
+        return None
+    return side.linear(*anchors.operands) + side.offset - anchors.result
 
 
 def values_of(problem: Problem, equation: Equation) -> list:
