@@ -45,6 +45,8 @@ FUNCTIONS = {
     "strided": convolution((2, 3), [(1, 0), (0, 2)]),
     "strided, rest unused": convolution((4, 4), "VALID"),
     "dilated": convolution(dilation=(2, 1)),
+    "strided and dilated": convolution((2, 2), [(2, 1), (1, 0)], dilation=(2, 3)),
+    "stride beyond the input": convolution((11, 1), [(0, 4), (0, 0)]),
     "grouped": convolution(groups=2),
     "channels first": lambda x: lax.conv(x.T[None], KT, (2, 1), "SAME"),
     "relu at 0": lambda x: jax.nn.relu(0 * convolution()(x)),

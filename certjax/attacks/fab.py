@@ -24,7 +24,7 @@ from certjax.attacks.search import (
     unit,
 )
 from certjax.threat import Box, L1, L2, Linf, Threat
-from certjax.types import Array, Attack, Classifier, Key, Scalar
+from certjax.types import Array, Attack, Classifier, Key
 
 
 OVERSHOOT = 1.05  # eta
@@ -213,9 +213,8 @@ def _towards(threat: Threat, plane: _Plane, x: Array, z: Array) -> Array:
     normal = unit(plane.normal)
     offset = jnp.sum(normal * z) - plane.gap / safe
     offset = jnp.where(scale > 0, offset, 0.0)
-    box: tuple[Scalar, Scalar] = threat.low, threat.high
-    from_z = to_hyperplane(norm, z, normal, offset, *box)
-    from_x = to_hyperplane(norm, x, normal, offset, *box)
+    step = lambda at: to_hyperplane(norm, at, normal, offset, threat.low, threat.high)
+    from_z, from_x = jax.vmap(step)(jnp.stack([z, x]))  # one loop for both
     near = jnp.maximum(size(norm, from_z), 1e-8)
     far = jnp.maximum(size(norm, from_x), 1e-8)
     mix = jnp.minimum(near / (near + far), PULL_TO_CLEAN)
