@@ -27,7 +27,7 @@ from jax.tree_util import Partial
 from certjax import attacks
 from certjax.attacks import Stage
 from certjax.attacks.geometry import size
-from certjax.attacks.losses import cross_entropy, reached
+from certjax.attacks.losses import cross_entropy, log_odds, reached
 from certjax.models import classifier
 from certjax.threat import L1, L2, Linf, Threat, ThreatModel
 from certjax.types import Array, Attack, Classifier, Key
@@ -215,7 +215,7 @@ def attack_method(
       distance: of the misclassified point from the example, in the norm of the set;
         None where none was found.  changed: in how many coordinates they differ.
       becomes: the class predicted at the point.
-      zero_gradient: is the gradient of the cross-entropy exactly 0 at the example?
+      zero_gradient: does the gradient of the cross-entropy vanish at the example?
       broken_by, round: of a cascade, the attack that found the point.
       queries: forward passes until it was found, of attacks that count them.
 
@@ -425,7 +425,6 @@ def _look(model: Any, adversary: Adversary, threat: Threat) -> Callable:
         decide = classifier(model, *weights)
         z, logits = _still_misclassified(decide, threat, stretches, x, z, label)
         f = classifier(_base(model), *weights)
-        g = jax.grad(lambda v: cross_entropy(f(v), label))(x)
         nan = jnp.any(jnp.isnan(logits)) | jnp.any(jnp.isnan(f(x)))
         fooled, within = reached(logits, label), around.contains(x, z)
         anywhere = adversary.result in ("nearest", "free")
@@ -438,7 +437,7 @@ def _look(model: Any, adversary: Adversary, threat: Threat) -> Callable:
             "distance": jnp.where(fooled, size(norm, z - x), jnp.nan),
             "changed": jnp.sum(z != x),
             "becomes": jnp.argmax(logits),
-            "zero_gradient": jnp.all(g == 0),
+            "zero_gradient": vanishes(f, x, label),
         }
 
     @jax.jit
@@ -449,6 +448,17 @@ def _look(model: Any, adversary: Adversary, threat: Threat) -> Callable:
         return jax.vmap(apart)(as_input(xs), zs, labels)
 
     return lambda weights, eps, *rows: look(_movable(weights), jnp.float32(eps), *rows)
+
+
+def vanishes(f: Classifier, x: Array, label: Array) -> Array:
+    """[] bool: is the gradient of the cross-entropy 0, or not finite?
+
+    It counts as 0 also where the probabilities of all other classes underflow: what is
+    computed then is the rounding of large terms that cancel.
+    """
+    underflow = log_odds(f(x), label) < np.log(np.finfo(np.float32).tiny)
+    g = jax.grad(lambda z: cross_entropy(f(z), label))(x)
+    return underflow | jnp.all(g == 0) | ~jnp.all(jnp.isfinite(g))
 
 
 def _still_misclassified(
