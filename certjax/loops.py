@@ -32,41 +32,45 @@ def fori(steps: int, body: Callable[[Array, Any], Any], init: Any) -> Any:
     return jax.lax.fori_loop(0, steps, body, init)
 
 
-def loopable(f: Classifier, x: Array) -> Classifier:
+def loopable(f: Classifier, x: Array, *, scatter: bool = True) -> Classifier:
     """`f` with convolutions whose input gradient is fast inside a loop.
 
     Args:
       f: any JAX function of one example; same values, same derivatives.
       x: an example of the input's shape and dtype.
+      scatter: on the CPU, allow the form that is faster for strided convolutions and
+        few input channels, but holds the products of all kernel taps at once: as many
+        times the size of a convolution's input as its kernel has taps, over stride^2.
     """
     like = jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
     graph, tree = trace(f, like, keep_custom=True)
     if not any(e.primitive is CONVOLUTION for e in graph.equations):
         return f
 
+    def rule(equation: Equation, values: list) -> list:
+        if equation.primitive is CONVOLUTION and _plain(equation.params):
+            return [_convolution(_Static(equation.params, scatter), *values)]
+        return equation.bind(*values)
+
     def g(z: Array) -> Array:
-        return jax.tree.unflatten(tree, evaluate(graph, _rule, z))
+        return jax.tree.unflatten(tree, evaluate(graph, rule, z))
 
     return g
 
 
-def _rule(equation: Equation, values: list) -> list:
-    if equation.primitive is CONVOLUTION and _plain(equation.params):
-        return [_convolution(_Static(equation.params), *values)]
-    return equation.bind(*values)
-
-
 class _Static:
-    """Convolution parameters as a hashable static argument."""
+    """Convolution parameters, and the choice of form, as a hashable static argument."""
 
-    def __init__(self, params: dict) -> None:
+    def __init__(self, params: dict, scatter: bool) -> None:
         self.params = params
+        self.scatter = scatter
+        self.name = f"{params} {scatter}"
 
     def __hash__(self) -> int:
-        return hash(str(self.params))
+        return hash(self.name)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and str(self.params) == str(other.params)
+        return isinstance(other, _Static) and self.name == other.name
 
 
 def _plain(params: dict) -> bool:
@@ -90,17 +94,18 @@ def _forward(static: _Static, lhs: Array, rhs: Array) -> tuple[Array, tuple]:
 def _backward(static: _Static, residuals: tuple, g: Array) -> tuple[Array, Array]:
     lhs, rhs = residuals
     _, kernel_vjp = jax.vjp(lambda w: CONVOLUTION.bind(lhs, w, **static.params), rhs)
-    return _input_gradient(static.params, lhs.shape, rhs, g), kernel_vjp(g)[0]
+    return _input_gradient(static, lhs.shape, rhs, g), kernel_vjp(g)[0]
 
 
 _convolution.defvjp(_forward, _backward)
 
 
-def _input_gradient(params: dict, shape: tuple, rhs: Array, g: Array) -> Array:
+def _input_gradient(static: _Static, shape: tuple, rhs: Array, g: Array) -> Array:
     """The gradient towards the input, in the form that is fast where it runs."""
-    if jax.default_backend() == "cpu" and _scatters_faster(params, shape, rhs, g):
-        return _scattered(params, shape, rhs, g)
-    return _gathered(params, shape, rhs, g)
+    allowed = static.scatter and jax.default_backend() == "cpu"
+    if allowed and _scatters_faster(static.params, shape, rhs, g):
+        return _scattered(static.params, shape, rhs, g)
+    return _gathered(static.params, shape, rhs, g)
 
 
 def _scatters_faster(params: dict, shape: tuple, rhs: Array, g: Array) -> bool:

@@ -58,10 +58,11 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.parametrize("scatter", [True, False])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_values_and_derivatives_are_kept(name):
+def test_values_and_derivatives_are_kept(name, scatter):
     f = FUNCTIONS[name]
-    g = loopable(f, X)
+    g = loopable(f, X, scatter=scatter)
     value, pull = jax.vjp(f, X)
     again, pull_again = jax.vjp(g, X)
     np.testing.assert_allclose(again, value, rtol=1e-6)
