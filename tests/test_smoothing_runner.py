@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from runners import composed, numbers, only, run
 
-from certjax.smoothing import Gaussian, judge
+from certjax.smoothing import Gaussian, generator, judge
 from certjax.smoothing.confidence import proportion_lower
 from experiments import certify, cohen_logs, report, runs, smoothing, train
 from experiments.build import ConfigError
@@ -101,7 +101,7 @@ def test_a_record_repeats_its_certificate(first):
         assert (row["seed"], row["dtype"], row["generator"]) == (
             0,
             "float32",
-            "threefry2x32",
+            generator.NAME,
         )
         assert row["guarantee"].startswith("real arithmetic")
         assert row["sigma"] == row["train_sigma"] == 0.25
