@@ -107,7 +107,7 @@ def test_a_killed_cascade_goes_on(trained, cascade):
     [
         (["certifier.stages.ibp.lanes=0"], "lanes"),
         (["certifier.stages.crown_ibp.intermediate=1"], "stages.crown_ibp.intermediate"),
-        (["certifier.stages.pgd.steps=0"], "stages.pgd"),
+        (["certifier.stages.pgd.steps=0"], "steps must be at least 1"),
         (["certifier.stages.pgd._target_=os.system"], "certjax"),
     ],
 )

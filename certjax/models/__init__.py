@@ -10,6 +10,17 @@ from certjax.models.batchnorm import (
 from certjax.models.foreign import from_nnx as from_nnx
 from certjax.models.initialization import ibp_initialize as ibp_initialize
 from certjax.models.layers import Normalize as Normalize
+from certjax.models.lipschitz import (
+    AOL as AOL,
+    aol_cnn as aol_cnn,
+    group_sort as group_sort,
+    linf_distance_net as linf_distance_net,
+    Lipschitz as Lipschitz,
+    lipschitz_bound as lipschitz_bound,
+    SLL as SLL,
+    sll_cnn as sll_cnn,
+    sortnet as sortnet,
+)
 from certjax.models.networks import (
     cnn3 as cnn3,
     cnn4 as cnn4,

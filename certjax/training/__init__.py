@@ -23,6 +23,7 @@ from certjax.training.losses import (
     divergence as divergence,
     robust_cross_entropy as robust_cross_entropy,
 )
+from certjax.training.margin import lipschitz_margin as lipschitz_margin
 from certjax.training.objectives import (
     adversarial as adversarial,
     ibp as ibp,
