@@ -1,5 +1,7 @@
 """Speed and memory, side by side: `python -m experiments.benchmark suite=bounds`.
 
+`suite=attack_peers` compares attacks with those of other libraries instead.
+
 The cases of a group take turns, round after round, so that whatever else the machine
 does hits all of them alike; the ratio is the median over rounds of case / reference.
 Compilation is timed apart. Memory is what the compiled program asks for (arguments
@@ -7,6 +9,7 @@ are shared and not counted).
 """
 
 import json
+import math
 import platform
 import statistics
 import time
@@ -17,9 +20,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments import build, console
+from experiments import build, console, peers_attacks
 from experiments.cli import Launch, launch
+from experiments.runs import finite
 from experiments.suites import Case, Group, SUITES
+
+
+PEERS = "attack_peers"
 
 
 @dataclass(frozen=True)
@@ -29,11 +36,12 @@ class Settings:
     suite: str
     rounds: int
     out: str
+    peers: dict[str, Any]
 
     def __post_init__(self) -> None:
         """Refuse unknown suites and empty measurements."""
-        if self.suite not in SUITES:
-            known = ", ".join(SUITES)
+        if self.suite not in (*SUITES, PEERS):
+            known = ", ".join((*SUITES, PEERS))
             raise build.ConfigError(f"suite must be one of {known}, got {self.suite}")
         if self.rounds < 1:
             raise build.ConfigError(f"rounds must be at least 1, got {self.rounds}")
@@ -55,12 +63,17 @@ class Row(NamedTuple):
 def work(config: dict[str, Any], _: Launch) -> None:
     """Measure a suite, print it, keep it as JSON."""
     settings = build.settings(Settings, config)
-    groups = SUITES[settings.suite]()
-    rows = [row for group in groups for row in measure(group, settings.rounds)]
-    show(settings.suite, rows)
+    if settings.suite == PEERS:
+        plan = build.settings(peers_attacks.Plan, settings.peers, where="peers")
+        rows = list(peers_attacks.compare(plan, settings.rounds))
+        peers_attacks.show(rows)
+    else:
+        groups = SUITES[settings.suite]()
+        rows = [row for group in groups for row in measure(group, settings.rounds)]
+        show(settings.suite, rows)
     out = Path(settings.out) / f"{settings.suite}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine(), "rows": [row._asdict() for row in rows]}
+    record = {"machine": machine(), "rows": [finite(row._asdict()) for row in rows]}
     out.write_text(json.dumps(record, indent=1) + "\n")
     console.say(f"written to {out}")
 
@@ -103,6 +116,10 @@ def measure(group: Group, rounds: int) -> Iterable[Row]:
 def compile_case(case: Case) -> tuple[Callable[[], Any], float, float]:
     """A function that runs the case to its end; seconds to compile; MiB of memory."""
     start = time.perf_counter()
+    if case.host:
+        case.function(*case.arguments)
+        seconds = time.perf_counter() - start
+        return lambda: case.function(*case.arguments), seconds, math.nan
     program = jax.jit(case.function).lower(*case.arguments).compile()
     seconds = time.perf_counter() - start
     analysis = program.memory_analysis()
@@ -132,7 +149,7 @@ def show(suite: str, rows: list[Row]) -> None:
             f"{row.ratio:.2f}",
             "" if row.target is None else f"<= {row.target:g}",
             f"{row.compile_s:.1f}",
-            f"{row.memory_mib:.1f}",
+            "" if math.isnan(row.memory_mib) else f"{row.memory_mib:.1f}",
         ]
         for row in rows
     ]

@@ -19,6 +19,7 @@ class Case(NamedTuple):
 
     work: how many times the reference's work it has to do at the least.
     target: what time / (work * time of the reference) should stay below.
+    host: called as it is, since it compiles its own programs.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Case(NamedTuple):
     arguments: tuple
     work: float = 1.0
     target: float | None = None
+    host: bool = False
 
 
 class Group(NamedTuple):
@@ -172,7 +174,15 @@ def attack_group(name: str, batch: int, *, steps: int) -> Group:
     )
 
 
+def smoothing_suite() -> list[Group]:
+    """Votes of smoothed classifiers beside forward passes."""
+    from experiments import suites_smoothing  # which imports this module
+
+    return suites_smoothing.smoothing_suite()
+
+
 SUITES: dict[str, Callable[[], list[Group]]] = {
     "bounds": bounds_suite,
     "attacks": attacks_suite,
+    "smoothing": smoothing_suite,
 }

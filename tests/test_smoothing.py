@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from certjax.smoothing import (
 from certjax.smoothing.confidence import proportion_lower
 
 
+ROOT = Path(__file__).resolve().parents[1]
 KEY = jax.random.key(7)
 NOISE = Gaussian(0.5)
 WEIGHTS = jnp.asarray([[1.0, -0.5], [-1.0, 0.2], [0.3, 1.0]])
@@ -111,28 +113,62 @@ assert jax.device_count() == 8
 counts = [votes(CONV, NOISE, KEY, IMAGE, 2501)]
 for devices in (3, 8):
     mesh = sample_mesh(jax.devices()[:devices])
-    for batch in (64, 1000):
+    for batch in (64, 1000, 10_000):
         counts.append(votes(CONV, NOISE, KEY, IMAGE, 2501, batch, mesh=mesh))
 print(json.dumps([c.tolist() for c in counts]))
 """
 
+TWO_PROCESSES = """
+import json, sys
+from experiments import runtime
+runtime.configure(cache=sys.argv[1])
+import jax
+jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[3]))
+from tests.test_smoothing import CONV, IMAGE, KEY, NOISE, sample_mesh, votes
+assert (jax.process_count(), jax.local_device_count()) == (2, 2)
+batches = (64, 1000, 10_000)
+mesh = sample_mesh()
+counts = [votes(CONV, NOISE, KEY, IMAGE, 2501, batch, mesh=mesh) for batch in batches]
+print(json.dumps([c.tolist() for c in counts]))
+"""
+
+
+def script(code, *words):
+    """A fresh process at the root of the repository."""
+    command = [sys.executable, "-c", code, str(ROOT / ".cache" / "compiled"), *words]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+
+
+def printed(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1])
+
 
 def test_counts_of_a_network_do_not_depend_on_batch_or_devices(monkeypatch):
     """1, 3 and 8 virtual devices in a fresh process, against this one."""
-    root = Path(__file__).resolve().parents[1]
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-    done = subprocess.run(
-        [sys.executable, "-c", MANY_DEVICES, str(root / ".cache" / "compiled")],
-        capture_output=True,
-        text=True,
-        cwd=root,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
     expected = votes(CONV, NOISE, KEY, IMAGE, 2501).tolist()
-    assert json.loads(done.stdout.splitlines()[-1]) == [expected] * 5
+    assert printed(script(MANY_DEVICES)) == [expected] * 7
     for batch in (64, 333, 10_000):
         assert votes(CONV, NOISE, KEY, IMAGE, 2501, batch).tolist() == expected
+
+
+def test_counts_of_a_network_do_not_depend_on_processes(monkeypatch):
+    """Two processes of two virtual devices each, joined by jax.distributed."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    pair = [script(TWO_PROCESSES, port, str(i)) for i in range(2)]
+    expected = votes(CONV, NOISE, KEY, IMAGE, 2501).tolist()
+    try:
+        assert [printed(process) for process in pair] == [[expected] * 3] * 2
+    finally:
+        for process in pair:
+            process.kill()
 
 
 def test_memory_does_not_depend_on_n():
@@ -190,6 +226,22 @@ def test_predict_is_the_binomial_test():
         p_value = stats.binomtest(first, 100, 0.5).pvalue
         expected = 2 if p_value <= 0.001 else ABSTAIN
         assert decide(np.asarray([100 - first, 0, first]), 100, 0.001) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alpha", [0.05, 0.01, 0.001])
+def test_100_000_certifications_keep_their_promise(alpha):
+    """Selection and estimation simulated at the border where certificates go wrong."""
+    rng, runs, wrong = np.random.default_rng(5), 100_000, 0
+    for distance in (0.1, 0.6):
+        p = special.ndtr(distance / 0.5)
+        counts0 = rng.multinomial(100, [1 - p, p], runs // 2)
+        counts = rng.multinomial(1000, [1 - p, p], runs // 2)
+        for c0, c in zip(counts0, counts, strict=True):
+            result = judge(c0, c, NOISE, 2, 100, 1000, alpha)
+            good = result.prediction in (1, ABSTAIN) and result.radius <= distance
+            wrong += not good
+    assert wrong / runs <= alpha + 4.5 * math.sqrt(alpha / runs)
 
 
 def test_votes_that_tie_are_never_decided():

@@ -16,7 +16,17 @@ from runners import composed, numbers, only, run
 
 from certjax.smoothing import Gaussian, generator, judge
 from certjax.smoothing.confidence import proportion_lower
-from experiments import certify, cohen_logs, report, runs, smoothing, train
+from experiments import (
+    benchmark,
+    certify,
+    cohen_logs,
+    report,
+    runs,
+    smoothing,
+    suites,
+    suites_smoothing,
+    train,
+)
 from experiments.build import ConfigError
 from experiments.runs import RunError
 
@@ -343,3 +353,12 @@ def test_every_printed_radius_is_at_most_the_stored_one(first):
     most = max(row["radius"] for row in rows)
     exact = proportion_lower(1000, 1000, 0.001)
     assert most <= Gaussian(0.25).radius(exact)
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_votes_beside_the_forward_pass():
+    group = suites_smoothing.votes_group("lenet", 8, suites.MNIST, peers=True)
+    rows = list(benchmark.measure(group, 2))
+    assert [row.case for row in rows][:2] == ["forward", "votes"]
+    assert rows[1].target == pytest.approx(1 / 0.85, rel=1e-3)
+    assert all(row.median_ms > 0 for row in rows)
