@@ -23,8 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from certjax.bounds import crown, ibp, Interval
-from certjax.bounds.rounding_linear import sound_crown
+from certjax.bounds import alpha_crown, crown, ibp, Interval
 from certjax.specification import margins
 from certjax.threat import Box
 
@@ -321,7 +320,11 @@ def _values(rng: np.random.Generator, batch: Batch) -> Iterator[np.ndarray]:
 # plain and sound
 METHODS: dict[str, tuple[Callable, Callable]] = {
     "ibp": (ibp, partial(ibp, sound=True)),
-    "crown": (crown, sound_crown),
+    "crown": (crown, partial(crown, sound=True)),
+    "alpha_crown": (
+        partial(alpha_crown, steps=5),
+        partial(alpha_crown, steps=5, sound=True),
+    ),
 }
 
 

@@ -91,8 +91,9 @@ def test_the_search_breaks_plain_bounds_and_not_sound_ones(family):
     assert row.sound["false"] == 0
 
 
-def test_the_search_does_not_break_sound_linear_bounds():
-    row = search("relu, locally linear", cases=20, method="crown")
+@pytest.mark.parametrize("method", ["crown", "alpha_crown"])
+def test_the_search_does_not_break_sound_linear_bounds(method):
+    row = search("relu, locally linear", cases=20, method=method)
     assert row.plain["outside"] > 0
     assert row.sound["outside"] == 0
     assert row.sound["false"] == 0
@@ -100,7 +101,7 @@ def test_the_search_does_not_break_sound_linear_bounds():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["ibp", "crown"])
+@pytest.mark.parametrize("method", ["ibp", "crown", "alpha_crown"])
 def test_no_family_breaks_the_sound_bounds(family, method):
     row = search(family, cases=200, seed=1, method=method)
     assert row.sound["outside"] == 0

@@ -49,6 +49,10 @@ from certjax.walk import Equation, Node, primitives as p, read
 
 
 Bound = Callable[[Threat, PyTree], Interval]
+# what the rows are closed with: see `lower_bounds`
+Closing = Callable[[Problem, Node, "Rows"], Array]
+# the share of equation i for the coefficients of its result; None: the default one
+Shares = Callable[[int, Any], Array | None]
 
 
 def crown(
@@ -110,37 +114,34 @@ class Rows(NamedTuple):
     value: Array
 
 
+def rows_of(problem: Problem, target: Node, rows: Array) -> Rows:
+    """`<rows, target>`; rows: [R, *target]."""
+    return Rows({target: rows}, _contract(rows, problem.anchors[target]))
+
+
+def _by_default(i: int, coefficients: Any) -> None:
+    """Every equation keeps the relaxation that it was solved with."""
+
+
 def pull_back(
     problem: Problem,
     target: Node,
-    rows: Array,
-    shares: dict[int, Array] | None = None,
+    state: Rows,
+    share_of: Shares = _by_default,
     *,
     affine_only: bool = False,
 ) -> Rows:
-    """Linear functions of the input below `<rows, target>` and below `-<rows, target>`.
+    """Linear functions of the input below `state` and below its negative.
 
     Args:
       target: a node whose equation's past is solved.
-      rows: [R, *target].
-      shares: for optimised slopes, position of an equation -> [2R, *its output].
+      state: R rows in the target alone.
+      share_of: optimised shares; like the coefficients that arrive at an equation.
       affine_only: stop at the results of nonlinear equations.
 
     Returns:
       2R rows in the input nodes: R below the rows, then R below their negatives.
     """
-    start = Rows({target: rows}, _contract(rows, problem.anchors[target]))
-    return _walk_back(problem, target, start, shares or {}, affine_only=affine_only)
-
-
-def _walk_back(
-    problem: Problem,
-    target: Node,
-    state: Rows,
-    shares: dict[int, Array],
-    *,
-    affine_only: bool = False,
-) -> Rows:
     mirrored, settled = False, {}
     for i in range(problem.positions.get(target, -1), -1, -1):
         equation = problem.graph.equations[i]
@@ -151,9 +152,14 @@ def _walk_back(
             continue
         if i in problem.relaxations and not mirrored:
             state, mirrored = mirror(state), True
-        state = _step(problem, i, state, shares.get(i))
+        state = _step(problem, i, state, share_of)
     state.coefficients.update(settled)
     return state if mirrored else mirror(state)
+
+
+def lower_bounds(problem: Problem, target: Node, state: Rows) -> Array:
+    """[2R] or, from patches, [2R, *grid] lower bounds of R rows and their negatives."""
+    return close(problem, pull_back(problem, target, state))
 
 
 def _take(state: Rows, equation: Equation) -> dict[Node, Any]:
@@ -162,22 +168,22 @@ def _take(state: Rows, equation: Equation) -> dict[Node, Any]:
     return {o: c for o, c in found.items() if c is not None}
 
 
-def _step(problem: Problem, i: int, state: Rows, share: Array | None) -> Rows:
+def _step(problem: Problem, i: int, state: Rows, share_of: Shares) -> Rows:
     """The rows with the results of equation i replaced by its operands."""
     equation = problem.graph.equations[i]
     values = values_of(problem, equation)
     taken = _take(state, equation)
-    local = _pull_local(problem, i, values, taken)
-    if local is None:
+    pulled = _pull_local(problem, i, values, taken, share_of)
+    if pulled is None:
         state.coefficients.update(taken)
         state = spread(state)
         dense = [state.coefficients.pop(o, None) for o in equation.outputs]
         if i in problem.relaxations:
-            parts, more = _pull_relaxed(problem, i, values, dense[0], share)
+            share = share_of(i, dense[0])
+            pulled = _pull_relaxed(problem, i, values, dense[0], share)
         else:
-            parts, more = _pull_affine(equation, values, dense), None
-    else:
-        parts, more = local
+            pulled = _pull_affine(equation, values, dense), None
+    parts, more = pulled
     if more is not None:
         state = state._replace(value=state.value + more)
     state = _add(state, equation, parts)
@@ -185,19 +191,31 @@ def _step(problem: Problem, i: int, state: Rows, share: Array | None) -> Rows:
 
 
 def _pull_local(
-    problem: Problem, i: int, values: list, taken: dict[Node, Any]
+    problem: Problem,
+    i: int,
+    values: list,
+    taken: dict[Node, Any],
+    share_of: Shares,
 ) -> tuple[dict[int, Any], Array | None] | None:
     """The step in patches, where there is one."""
     first = next(iter(taken.values()))
     if not isinstance(first, Patches):
         return None
-    if i in problem.relaxations:
-        relaxation = problem.relaxations[i]
-        assert relaxation is not None
-        anchors = anchors_of(problem, i, values)
-        return patches.pull_relaxed(relaxation, values, anchors, first)
-    parts = patches.pull_affine(problem.graph.equations[i], values, first)
-    return None if parts is None else (parts, None)
+    equation = problem.graph.equations[i]
+    if i not in problem.relaxations:
+        parts = patches.pull_affine(equation, values, first)
+        return None if parts is None else (parts, None)
+    relaxation = problem.relaxations[i]
+    assert relaxation is not None
+    anchors, window = anchors_of(problem, i, values), first.window
+    if not patches.elementwise(relaxation, values, window):
+        return None
+    share = share_of(i, first)
+    if share is None:
+        lines = patches.lines_under(relaxation, anchors, window)
+    else:
+        lines = patches.own_lines_under(equation, values, anchors, share, window)
+    return patches.pull_relaxed(lines, operands(values), first)
 
 
 def _too_wide(state: Rows) -> bool:
@@ -373,28 +391,28 @@ def _close_patches(problem: Problem, rows: Rows) -> Array:
     return jax.vmap(one, (None, 0))(known, values) + rows.value
 
 
-def bounds_of_rows(
-    problem: Problem, node: Node, rows: Array, shares: dict | None = None
+def enclose(
+    problem: Problem, node: Node, closing: Closing = lower_bounds, *, copies: int = 1
 ) -> Interval:
-    """[R] bounds of `<rows, node>`."""
-    found = close(problem, pull_back(problem, node, rows, shares))
-    lower, negated = jnp.split(found, 2)
-    return Interval(lower, -negated)
+    """Bounds of every entry of a node, in chunks of rows that fit the budget.
 
-
-def enclose(problem: Problem, node: Node) -> Interval:
-    """Bounds of every entry of a node, in chunks of rows that fit the budget."""
+    Args:
+      closing: (problem, node, R rows) -> [2R] bounds of the rows and their negatives.
+      copies: how many times the memory of `lower_bounds` it needs.
+    """
     window = patches.identity(problem, node)
     if window is not None:
-        return _enclose_channels(problem, node, window)
+        return _enclose_channels(problem, node, window, closing, copies)
     shape, dtype = node.aval.shape, node.aval.dtype
     size = int(np.prod(shape))
 
     def some(index: Array) -> Interval:
         rows = jax.nn.one_hot(index, size, dtype=dtype).reshape(-1, *shape)
-        return bounds_of_rows(problem, node, rows)
+        found = closing(problem, node, rows_of(problem, node, rows))
+        lower, negated = jnp.split(found, 2)
+        return Interval(lower, -negated)
 
-    found = _in_chunks(some, size, _rows_that_fit(problem, node))
+    found = _in_chunks(some, size, _rows_that_fit(problem, node, copies))
     return _shaped(found, shape)
 
 
@@ -410,21 +428,28 @@ def _in_chunks(some: Callable[[Array], Interval], size: int, fit: int) -> Interv
     return Interval(*(v.reshape(-1, *v.shape[2:])[:size] for v in found))
 
 
-def _enclose_channels(problem: Problem, node: Node, window: Window) -> Interval:
+def _enclose_channels(
+    problem: Problem, node: Node, window: Window, closing: Closing, copies: int
+) -> Interval:
     """The entries of a convolution's result: its channels, at all positions at once."""
     ones = (1,) * len(window.grid)
     rest = [n for i, n in enumerate(window.shape) if i not in window.space]
     channels, dtype = int(np.prod(rest)), node.aval.dtype
 
-    def some(index: Array) -> Interval:
+    def start(index: Array) -> Rows:
         rows = jax.nn.one_hot(index, channels, dtype=dtype)
         rows = Patches(rows.reshape(-1, *ones, *window.patch), window)
-        start = Rows({node: rows}, patches.weigh(rows, problem.anchors[node]))
-        found = close(problem, _walk_back(problem, node, start, {}))
+        return Rows({node: rows}, patches.weigh(rows, problem.anchors[node]))
+
+    def some(index: Array) -> Interval:
+        found = closing(problem, node, start(index))
         lower, negated = jnp.split(found.reshape(2 * index.size, *window.grid), 2)
         return Interval(lower, -negated)
 
-    found = _in_chunks(some, channels, _channels_that_fit(problem, some))
+    def plain(index: Array) -> Array:
+        return lower_bounds(problem, node, start(index))
+
+    found = _in_chunks(some, channels, _channels_that_fit(problem, plain, copies))
     axes = range(len(rest), len(window.shape))
 
     def placed(v: Array) -> Array:
@@ -434,19 +459,19 @@ def _enclose_channels(problem: Problem, node: Node, window: Window) -> Interval:
     return Interval(*map(placed, found))
 
 
-def _channels_that_fit(problem: Problem, some: Callable[[Array], Interval]) -> int:
+def _channels_that_fit(problem: Problem, plain: Callable, copies: int) -> int:
     """About six copies of the widest patches, both signs, live at once."""
     widest: list[int] = []
     with patches.recording(widest):
-        jax.eval_shape(some, jnp.zeros(1, int))
-    return _fit(problem, 3 * max(widest, default=1))
+        jax.eval_shape(plain, jnp.zeros(1, int))
+    return _fit(problem, 3 * max(widest, default=1), copies)
 
 
 def _shaped(found: Interval, shape: Sequence[int]) -> Interval:
     return Interval(*(v.reshape(shape) for v in found))
 
 
-def _rows_that_fit(problem: Problem, node: Node) -> int:
+def _rows_that_fit(problem: Problem, node: Node, copies: int) -> int:
     """Rows of both signs; about three copies of the widest node live at once."""
     last = problem.positions.get(node, -1)
     past = [o for e in problem.graph.equations[: last + 1] for o in e.outputs]
@@ -455,10 +480,11 @@ def _rows_that_fit(problem: Problem, node: Node) -> int:
         for v in (*problem.graph.inputs, *past)
         if v in problem.graph.depends
     ]
-    return _fit(problem, 6 * max(sizes))
+    return _fit(problem, 6 * max(sizes), copies)
 
 
-def _fit(problem: Problem, bytes_per_row: int) -> int:
+def _fit(problem: Problem, bytes_per_row: int, copies: int) -> int:
+    bytes_per_row *= copies
     if bytes_per_row > problem.max_bytes:
         raise ValueError(
             f"one row of linear coefficients needs {bytes_per_row} bytes, got "
@@ -467,14 +493,16 @@ def _fit(problem: Problem, bytes_per_row: int) -> int:
     return problem.max_bytes // bytes_per_row
 
 
-def enclose_output(problem: Problem, atom: Any) -> Interval:
+def enclose_output(
+    problem: Problem, atom: Any, closing: Closing = lower_bounds, *, copies: int = 1
+) -> Interval:
     """Bounds of one output of the graph."""
     known = read(problem.env, atom)
     if not isinstance(known, Interval):
         return Interval(known, known)
     if not is_float(known.lower):
         return known
-    return intersect(known, enclose(problem, atom))
+    return intersect(known, enclose(problem, atom, closing, copies=copies))
 
 
 # ------------------------------------------------------------ intervals of the operands
@@ -493,10 +521,13 @@ def refinement(name: str) -> Refine:
 
 def by_crown(problem: Problem, node: Node) -> Interval | None:
     """The node's own linear bounds, unless its interval is exact already."""
+    return None if is_exact(problem, node) else enclose(problem, node)
+
+
+def is_exact(problem: Problem, node: Node) -> bool:
+    """Has interval arithmetic lost nothing up to here?"""
     box_shaped = isinstance(problem.threat, Linf | Box)
-    if node not in problem.positions or (box_shaped and mixings(problem, node) < 2):
-        return None
-    return enclose(problem, node)
+    return node not in problem.positions or (box_shaped and mixings(problem, node) < 2)
 
 
 FOLD = 1024  # entries up to which the affine part behind an operand is folded
@@ -508,7 +539,7 @@ def by_ibp(problem: Problem, node: Node) -> Interval | None:
     if size > FOLD or mixings(problem, node, since_nonlinear=True) < 2:
         return None
     rows = jnp.eye(size, dtype=node.aval.dtype).reshape(size, *node.aval.shape)
-    state = pull_back(problem, node, rows, affine_only=True)
+    state = pull_back(problem, node, rows_of(problem, node, rows), affine_only=True)
     lower = state.value
     for cut, coefficients in state.coefficients.items():
         centre, radius = (

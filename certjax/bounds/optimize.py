@@ -1,8 +1,9 @@
 """Slopes found by gradient ascent: `alpha_crown(f)(threat, x) -> Interval`.
 
-Every share of a relaxation is sound, so the shares are free variables: one per neuron
-and output row, ascended on the bound itself by projected Adam. The best value of each
-row is kept, the first being CROWN's own.
+Every share of a relaxation is sound, so the shares are free variables: one for every
+coefficient of every row, ascended on the bound itself by projected Adam. The best value
+of each row is kept, the first being CROWN's own. The intervals in front of the
+nonlinearities can be ascended in the same way, layer by layer.
 
 Source: Xu et al. 2021, arXiv:2011.13824 (alpha-CROWN).
 """
@@ -10,37 +11,44 @@ Source: Xu et al. 2021, arXiv:2011.13824 (alpha-CROWN).
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
-from certjax.bounds import slopes
+from certjax.bounds import patches, slopes
+from certjax.bounds.climb import best_of, Climb
 from certjax.bounds.interval import ibp
 from certjax.bounds.linear import (
     Bound,
     close,
+    Closing,
+    crown,
+    enclose,
     enclose_output,
+    is_exact,
     pull_back,
     refinement,
+    Rows,
 )
+from certjax.bounds.patches import Patches
 from certjax.bounds.problem import (
     default_share,
-    intersect,
     intersect_trees,
     MAX_BYTES,
     pose,
     Problem,
+    Refine,
     Slope,
     solve,
     unflatten,
     values_of,
 )
-from certjax.bounds.relax import HALF, is_float, SHARED
-from certjax.loops import fori
+from certjax.bounds.relax import HALF, SHARED
+from certjax.bounds.rounding_linear import sound_crown
 from certjax.threat import Threat
 from certjax.types import Array, Interval, PyTree
 from certjax.walk import Node
+
+
+COPIES = 16  # shares, two moments, gradient and what the way back keeps
 
 
 def alpha_crown(
@@ -48,94 +56,107 @@ def alpha_crown(
     steps: int = 20,
     intermediate: str = "crown",
     *,
-    step_size: float = 0.5,
-    decay: float = 0.98,
+    intermediate_steps: int = 5,
     slope: Slope = slopes.adaptive,
     max_bytes: int = MAX_BYTES,
+    sound: bool = False,
 ) -> Bound:
     """Sound elementwise bounds of `f`: CROWN with optimised slopes.
 
     For every z in the set, lower <= f(z) <= upper in exact arithmetic; never looser
-    than `crown(f, intermediate)`, whose intermediate intervals are kept fixed. Works
-    under jit and vmap.
+    than `crown(f, intermediate)` or, for "alpha", `crown(f)`. Works under jit and vmap.
 
     Args:
       f: a function of one example (or of one tree of arrays).
       steps: of projected Adam.
-      intermediate: "crown", "ibp" or "forward", as in `crown`.
-      step_size: of the first step, in units of a share, which lies in [0, 1].
-      decay: factor on the step size from one step to the next.
+      intermediate: where the intervals in front of each nonlinearity come from: fixed,
+        by "crown", "ibp" or "forward"; or "alpha": by this method, which is the
+        tightest and costs several times as much.
+      intermediate_steps: with "alpha", steps for these intervals.
       slope: where relu-like shares start.
-      max_bytes: budget for the intermediate bounds, as in `crown`.
+      max_bytes: what the coefficients of ONE example may occupy at a time, as in
+        `crown`.
+      sound: enclose whatever a float evaluation of f returns, as in `crown`;
+        `intermediate` is then "crown" or "ibp".
 
     Returns:
       `bound(threat, x) -> Interval`, lower and upper each like f(x).
     """
-    refine = refinement(intermediate)
+    climb = Climb(steps)
+    if sound:
+        settings = {"slope": slope, "max_bytes": max_bytes}
+        return sound_crown(f, intermediate, climb=climb, **settings)
+    closing = climbing(climb)
+    if intermediate == "alpha":
+        refine = by_alpha(climbing(climb._replace(steps=intermediate_steps)))
+        known = crown(f, slope=slope, max_bytes=max_bytes)
+    else:
+        refine, known = refinement(intermediate), ibp(f)
 
     def bound(threat: Threat, x: PyTree) -> Interval:
         problem, tree = pose(f, threat, x, slope=slope, max_bytes=max_bytes)
         solve(problem, refine)
-        optimizer = optax.adam(optax.exponential_decay(step_size, 1, decay))
-        found = []
-        for atom in problem.graph.outputs:
-            known = enclose_output(problem, atom)
-            if atom in problem.graph.depends and is_float(atom.aval):
-                known = intersect(known, ascend(problem, atom, optimizer, steps))
-            found.append(known)
-        return intersect_trees(ibp(f)(threat, x), unflatten(tree, found))
+        found = [
+            enclose_output(problem, atom, closing, copies=COPIES)
+            for atom in problem.graph.outputs
+        ]
+        return intersect_trees(known(threat, x), unflatten(tree, found))
 
     return bound
 
 
-def ascend(
-    problem: Problem, node: Node, optimizer: optax.GradientTransformation, steps: int
-) -> Interval:
-    """Bounds of every entry of a node, with shares of its own for each bound."""
-    shape, dtype = node.aval.shape, node.aval.dtype
-    size = int(np.prod(shape))
-    rows = jnp.eye(size, dtype=dtype).reshape(size, *shape)
-    start = starting_shares(problem, node, 2 * size)
+def by_alpha(closing: Closing) -> Refine:
+    """The intervals in front of the nonlinearities, by optimised slopes."""
 
-    def lower(shares: dict[int, Array]) -> tuple[Array, Array]:
-        values = close(problem, pull_back(problem, node, rows, shares))
-        return -jnp.sum(values), values
+    def refine(problem: Problem, node: Node) -> Interval | None:
+        if is_exact(problem, node):
+            return None
+        return enclose(problem, node, closing, copies=COPIES)
 
-    def step(_: int, state: tuple) -> tuple:
-        shares, memory, best = state
-        (_, values), gradient = jax.value_and_grad(lower, has_aux=True)(shares)
-        gradient = jax.tree.map(jnp.nan_to_num, gradient)
-        update, memory = optimizer.update(gradient, memory)
-        shares = jax.tree.map(lambda s, u: jnp.clip(s + u, 0.0, 1.0), shares, update)
-        return shares, memory, _greater(values, best)
-
-    state = (start, optimizer.init(start), jnp.full(2 * size, -jnp.inf, dtype))
-    shares, _, best = fori(steps, step, state) if start else state
-    best = _greater(lower(shares)[1], best)
-    low, negated = jnp.split(best, 2)
-    return Interval(low.reshape(shape), -negated.reshape(shape))
+    return refine
 
 
-def _greater(values: Array, best: Array) -> Array:
-    return jnp.where(values > best, values, best)
+def climbing(climb: Climb) -> Closing:
+    """A way to close rows: the best of some steps, with shares of its own for each."""
+
+    def closing(problem: Problem, node: Node, rows: Rows) -> Array:
+        def lower(shares: dict[int, Array]) -> Array:
+            own = lambda i, _: shares.get(i)
+            return close(problem, pull_back(problem, node, copied(rows), own))
+
+        start = starting_shares(problem, node, rows)
+        return best_of(climb, lower, start) if start else lower({})
+
+    return closing
 
 
-def starting_shares(problem: Problem, node: Node, count: int) -> dict[int, Array]:
-    """[count, *output] for every equation in front of `node` that reads a share."""
+def copied(rows: Rows) -> Rows:
+    """The rows; the walk back changes its dictionary."""
+    return rows._replace(coefficients=dict(rows.coefficients))
+
+
+def starting_shares(problem: Problem, node: Node, rows: Rows) -> dict[int, Array]:
+    """The default shares, one for every coefficient that will arrive at them."""
     shares: dict[int, Array] = {}
-    for i, relaxation in problem.relaxations.items():
+
+    def note(i: int, coefficients: Any) -> None:
         equation = problem.graph.equations[i]
-        if relaxation is None or equation.primitive not in SHARED:
-            continue
-        if i > problem.positions.get(node, -1):
-            continue
-        first: Any = default_share(problem, equation, values_of(problem, equation))
+        if equation.primitive not in SHARED:
+            return
+        share = default_share(problem.slope, equation, values_of(problem, equation))
         output = equation.outputs[0].aval
-        first = jnp.asarray(HALF if first is None else first, output.dtype)
-        full = jnp.broadcast_to(_like_output(first, output.shape), output.shape)
-        shares[i] = jnp.broadcast_to(full[None], (count, *output.shape))
+        share = jnp.asarray(HALF if share is None else share, output.dtype)
+        lead = (1,) * (len(output.shape) - share.ndim)
+        whole = jnp.broadcast_to(share.reshape(*lead, *share.shape), output.shape)
+        shares[i] = _for_each(whole, coefficients)
+
+    pull_back(problem, node, copied(rows), note)
     return shares
 
 
-def _like_output(share: Array, shape: tuple[int, ...]) -> Array:
-    return share if share.ndim == len(shape) else share.reshape((1,) * len(shape))
+def _for_each(share: Array, coefficients: Any) -> Array:
+    if not isinstance(coefficients, Patches):
+        return jnp.broadcast_to(share[None], coefficients.shape)
+    under = patches.unfold(share, coefficients.window)
+    count = coefficients.values.shape[0]
+    return jnp.broadcast_to(under[None], (count, *under.shape))

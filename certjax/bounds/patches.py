@@ -25,7 +25,7 @@ from certjax.bounds.problem import (
     Problem,
     values_of,
 )
-from certjax.bounds.relax import operands, Relaxation
+from certjax.bounds.relax import operands, relax, Relaxation
 from certjax.types import Array
 from certjax.walk import Equation, Node, primitives as p
 
@@ -305,27 +305,70 @@ def _widened(
     )
 
 
+class Lines(NamedTuple):
+    """Elementwise lines as they lie under a window; one entry of each list per side.
+
+    slopes: of every operand, [R or 1, *grid, *patch].
+    distances: from the result's anchor, likewise; None: they go through it.
+    """
+
+    slopes: list[list[Array]]
+    distances: list[Array | None]
+
+
+def elementwise(relaxation: Relaxation, values: list, window: Window) -> bool:
+    """Are both sides lines in operands of the result's shape?"""
+    same = all(values[i].lower.shape == window.shape for i in operands(values))
+    return same and all(side.slopes is not None for side in relaxation)
+
+
+def lines_under(relaxation: Relaxation, anchors: Anchors, window: Window) -> Lines:
+    """The lines that an equation was solved with."""
+    under = lambda v: unfold(v, window)[None]
+    distances = [distance_at(side, anchors) for side in relaxation]
+    return Lines(
+        [[under(slope) for slope in side.slopes or ()] for side in relaxation],
+        [None if d is None else under(d) for d in distances],
+    )
+
+
+def own_lines_under(
+    equation: Equation, values: list, anchors: Anchors, share: Array, window: Window
+) -> Lines:
+    """Lines with a share of its own for every coefficient: share like the patches."""
+    like = lambda v: unfold(v, window) if jnp.shape(v) == window.shape else v
+    under = [jax.tree.map(like, v) for v in values]
+    placed = Anchors([like(a) for a in anchors.operands], like(anchors.result))
+
+    def one(share: Array) -> tuple:
+        sides = relax(equation, under, share)
+        spread = lambda v: jnp.broadcast_to(v, share.shape)
+        slopes = [[spread(slope) for slope in side.slopes or ()] for side in sides]
+        # the anchor lies on the line of the default share, not on this one
+        sides = [side._replace(homogeneous=False) for side in sides]
+        return slopes, [distance_at(side, placed) for side in sides]
+
+    return Lines(*jax.vmap(one)(share))
+
+
 def pull_relaxed(
-    relaxation: Relaxation, values: list, anchors: Anchors, patches: Patches
-) -> tuple[dict[int, Patches], Array] | None:
+    lines: Lines, chosen: list[int], patches: Patches
+) -> tuple[dict[int, Patches], Array]:
     """Patches through elementwise lines, by the sign of each coefficient.
 
     With the patches [R, *grid]: the lines' distances at the anchors.
     """
-    chosen, window = operands(values), patches.window
-    elementwise = all(side.slopes is not None for side in relaxation)
-    if not elementwise or any(values[i].lower.shape != window.shape for i in chosen):
-        return None
+    window = patches.window
     signs = (jnp.maximum(patches.values, 0.0), jnp.minimum(patches.values, 0.0))
     parts = {}
     for k, i in enumerate(chosen):
-        under = [unfold(side.slopes[k], window)[None] for side in relaxation]
-        terms = [part * slope for part, slope in zip(signs, under, strict=True)]
+        terms = [
+            part * slopes[k] for part, slopes in zip(signs, lines.slopes, strict=True)
+        ]
         parts[i] = Patches(terms[0] + terms[1], window)
-    distances = [distance_at(side, anchors) for side in relaxation]
     total = sum(
-        part * unfold(distance, window)[None]
-        for part, distance in zip(signs, distances, strict=True)
+        part * distance
+        for part, distance in zip(signs, lines.distances, strict=True)
         if distance is not None
     )
     axes = tuple(range(1 + len(window.grid), patches.values.ndim))

@@ -70,7 +70,9 @@ def pose(
         for node in equation.outputs
     }
     anchors = {node: jnp.zeros_like(env[node].lower) for node in graph.inputs}
-    return Problem(graph, threat, x, env, {}, anchors, positions, slope, max_bytes), tree
+    return Problem(
+        graph, threat, x, env, {}, anchors, positions, slope, max_bytes
+    ), tree
 
 
 def solve(problem: Problem, refine: Refine) -> None:
@@ -151,13 +153,13 @@ def relaxed(problem: Problem, equation: Equation, values: list) -> Relaxation | 
     """The relaxation an equation starts from; None where the result is not a float."""
     if not is_float(equation.outputs[0].aval):
         return None
-    return relax(equation, values, default_share(problem, equation, values))
+    return relax(equation, values, default_share(problem.slope, equation, values))
 
 
-def default_share(problem: Problem, equation: Equation, values: list) -> Array | None:
+def default_share(slope: Slope, equation: Equation, values: list) -> Array | None:
     """The share of a relu-like equation by the caller's slope; None: the family's."""
     x = bent_interval(equation, values)
-    return None if x is None else problem.slope(x)
+    return None if x is None else slope(x)
 
 
 def mixings(problem: Problem, node: Node, *, since_nonlinear: bool = False) -> int:

@@ -24,7 +24,9 @@ import numpy as np
 
 from certjax.bounds import composite, rounding, slopes
 from certjax.bounds.affine import BILINEAR, is_affine
-from certjax.bounds.relax import bent_interval, relax
+from certjax.bounds.climb import best_of, Climb
+from certjax.bounds.problem import default_share
+from certjax.bounds.relax import HALF, relax, SHARED
 from certjax.bounds.rewrite import live
 from certjax.bounds.rounding import Thin
 from certjax.threat import Threat
@@ -37,7 +39,10 @@ Slope = Callable[[Interval], Array]
 
 
 class Lines(NamedTuple):
-    """Below and above a function of one operand; arrays like its result."""
+    """Below and above a function of one operand.
+
+    slopes, offsets: [1, *result], or one for each row.
+    """
 
     operand: int
     slopes: tuple[Array, Array]
@@ -71,6 +76,7 @@ def sound_crown(
     *,
     slope: Slope = slopes.adaptive,
     max_bytes: int = 2**30,
+    climb: Climb | None = None,
 ) -> Bound:
     """`crown(f, sound=True)`: linear bounds of what a float evaluation can return.
 
@@ -83,6 +89,8 @@ def sound_crown(
       slope: interval -> share of the right slope in the lower line of relu-like
         functions; any value in [0, 1] is sound.
       max_bytes: what the coefficients of one example may occupy at a time.
+      climb: how the slopes behind the outputs are optimised; None: they are not. The
+        ascended values are the proved bounds themselves, with all their errors.
 
     Returns:
       `bound(threat, x) -> Interval`, lower and upper each like f(x).
@@ -98,7 +106,7 @@ def sound_crown(
         _solve(problem, refine=intermediate == "crown")
         known = rounding.outputs_of(problem.graph, problem.env)
         found = [
-            _output(problem, atom, interval)
+            _output(problem, atom, interval, climb)
             for atom, interval in zip(problem.graph.outputs, known, strict=True)
         ]
         ends = zip(*found, strict=True)
@@ -128,17 +136,20 @@ def _solve(problem: Problem, refine: bool) -> None:
                 found = _enclose(problem, node)
                 problem.env[node] = _intersect(problem.env[node], found)
                 values[operand] = problem.env[node]
-            problem.lines[i] = _lines(problem, equation, values, operand)
+            share = default_share(problem.slope, equation, values)
+            problem.lines[i] = _lines(equation, values, operand, share)
         outputs = rounding.sound_step(equation, values)
         problem.env.update(zip(equation.outputs, outputs, strict=True))
 
 
-def _output(problem: Problem, atom: Any, known: Interval) -> Interval:
+def _output(
+    problem: Problem, atom: Any, known: Interval, climb: Climb | None
+) -> Interval:
     value = read(problem.env, atom)
     wide = isinstance(value, Interval) and not isinstance(value, Thin)
     if not wide or not rounding.is_float(known.lower.dtype):
         return known
-    return _intersect(known, _enclose(problem, atom))
+    return _intersect(known, _enclose(problem, atom, climb))
 
 
 def _intersect(known: Interval, found: Interval) -> Interval:
@@ -181,16 +192,19 @@ def _operand(equation: Equation, values: list) -> int | None:
     return bounded[0] if rounding.is_float(x.dtype) and x.shape == out.shape else None
 
 
-def _lines(problem: Problem, equation: Equation, values: list, operand: int) -> Lines:
+def _lines(
+    equation: Equation, values: list, operand: int, shares: Array | None
+) -> Lines:
     """Slopes from `relax`; offsets proved: the extremes of f(x) - slope x on a grid.
 
     Between two neighbours of the grid a function with second derivatives in [-M, M]
     leaves its chord by at most M (distance)^2 / 8.
+
+    Args:
+      shares: [R, *result], or one for all rows that broadcasts there, or None.
     """
     x = values[operand]
-    bent = bent_interval(equation, values)
-    share = None if bent is None else problem.slope(bent)
-    sides = relax(equation, values, share)
+    sides = _slopes(equation, values, shares)
     grid = _grid(equation, values, operand)
 
     def evaluate(point: Array) -> Interval:
@@ -203,15 +217,34 @@ def _lines(problem: Problem, equation: Equation, values: list, operand: int) -> 
     distance = 1.01 * (x.upper - x.lower) / GRID + 4 * unit * size
     sagitta = CURVATURE[equation.primitive] * distance * distance / 7
     slack = sagitta + 2 * (high - low).max(0) + 16 * tiny
-    slope_low, slope_high = (
-        jnp.broadcast_to(side.slopes[0], x.lower.shape).astype(x.lower.dtype)
-        for side in sides
-    )
-    offset_low = (low - slope_low[None] * grid).min(0) - slack
-    offset_high = (high - slope_high[None] * grid).max(0) + slack
-    rounded = [16 * unit * (jnp.abs(s) * size + value) for s in (slope_low, slope_high)]
-    offsets = (offset_low - rounded[0], offset_high + rounded[1])
-    return Lines(operand, (slope_low, slope_high), offsets)
+    rounded = lambda slope: 16 * unit * (jnp.abs(slope) * size + value)
+
+    def below(slope: Array) -> Array:
+        return (low - slope[None] * grid).min(0) - slack - rounded(slope)
+
+    def above(slope: Array) -> Array:
+        return (high - slope[None] * grid).max(0) + slack + rounded(slope)
+
+    return Lines(operand, sides, (jax.vmap(below)(sides[0]), jax.vmap(above)(sides[1])))
+
+
+def _slopes(
+    equation: Equation, values: list, shares: Array | None
+) -> tuple[Array, Array]:
+    """[R or 1, *result] each: of the lower and of the upper line."""
+    output = equation.outputs[0].aval
+
+    def slopes(share: Array | None) -> tuple[Array, ...]:
+        found = [side.slopes[0] for side in relax(equation, values, share)]
+        return tuple(
+            jnp.broadcast_to(s, output.shape).astype(output.dtype) for s in found
+        )
+
+    if shares is None or shares.ndim <= len(output.shape):
+        low, high = slopes(shares)
+        return low[None], high[None]
+    low, high = jax.vmap(slopes)(shares)
+    return low, high
 
 
 def _grid(equation: Equation, values: list, operand: int) -> Array:
@@ -232,7 +265,7 @@ def _grid(equation: Equation, values: list, operand: int) -> Array:
 # ------------------------------------------------------------------------ the way back
 
 
-def _enclose(problem: Problem, node: Node) -> Interval:
+def _enclose(problem: Problem, node: Node, climb: Climb | None = None) -> Interval:
     """Bounds of every entry of a node, in chunks of rows that fit the budget."""
     shape, dtype = node.aval.shape, node.aval.dtype
     size = max(1, int(np.prod(shape)))
@@ -242,7 +275,7 @@ def _enclose(problem: Problem, node: Node) -> Interval:
     def some(index: Array) -> Interval:
         rows = jax.nn.one_hot(index, size, dtype=dtype).reshape(chunk, *shape)
         both = jnp.concatenate([rows, -rows])
-        lower, negated = jnp.split(_close(problem, _pull_back(problem, node, both)), 2)
+        lower, negated = jnp.split(_bounded_below(problem, node, both, climb), 2)
         return Interval(lower, -negated)
 
     if chunk == size:
@@ -254,7 +287,41 @@ def _enclose(problem: Problem, node: Node) -> Interval:
     return Interval(*(v.ravel()[:size].reshape(shape) for v in found))
 
 
-def _pull_back(problem: Problem, target: Node, rows: Array) -> Rows:
+def _bounded_below(
+    problem: Problem, node: Node, rows: Array, climb: Climb | None
+) -> Array:
+    """[R] proved lower bounds of `<rows, node>`; the best of the climb."""
+
+    def lower(shares: dict[int, Array]) -> Array:
+        return _close(problem, _pull_back(problem, node, rows, shares))
+
+    start = _starting_shares(problem, node, len(rows)) if climb else {}
+    return best_of(climb, lower, start) if climb and start else lower({})
+
+
+def _starting_shares(problem: Problem, node: Node, count: int) -> dict[int, Array]:
+    """[count, *output] for every equation in front of a node that reads a share."""
+    shares: dict[int, Array] = {}
+    for i in problem.lines:
+        equation = problem.graph.equations[i]
+        if equation.primitive not in SHARED or i > problem.positions.get(node, -1):
+            continue
+        values = [read(problem.env, atom) for atom in equation.inputs]
+        share = default_share(problem.slope, equation, values)
+        output = equation.outputs[0].aval
+        share = jnp.asarray(HALF if share is None else share, output.dtype)
+        whole = jnp.broadcast_to(_like(share, output.ndim), output.shape)
+        shares[i] = jnp.broadcast_to(whole[None], (count, *output.shape))
+    return shares
+
+
+def _like(share: Array, rank: int) -> Array:
+    return share.reshape((1,) * (rank - share.ndim) + share.shape)
+
+
+def _pull_back(
+    problem: Problem, target: Node, rows: Array, shares: dict[int, Array]
+) -> Rows:
     """Linear functions of the input nodes below `<rows, target>`."""
     zeros = jnp.zeros(rows.shape[0], rows.dtype)
     state = Rows({target: rows}, zeros, zeros)
@@ -262,18 +329,23 @@ def _pull_back(problem: Problem, target: Node, rows: Array) -> Rows:
         equation = problem.graph.equations[i]
         taken = [state.coefficients.pop(o, None) for o in equation.outputs]
         if any(c is not None for c in taken):
-            state = _step(problem, state, i, taken)
+            state = _step(problem, state, i, taken, shares.get(i))
     return state
 
 
-def _step(problem: Problem, state: Rows, i: int, taken: list) -> Rows:
+def _step(
+    problem: Problem, state: Rows, i: int, taken: list, share: Array | None
+) -> Rows:
     """One equation: through lines, through its adjoint, or to its enclosure."""
     equation = problem.graph.equations[i]
     values = [read(problem.env, atom) for atom in equation.inputs]
     thin = isinstance(problem.env[equation.outputs[0]], Thin)
     bounded = _bounded(equation, values)
     if i in problem.lines and not thin:
-        parts, constant, error = _through_lines(problem.lines[i], values, taken[0])
+        lines = problem.lines[i]
+        if share is not None:
+            lines = _lines(equation, values, lines.operand, share)
+        parts, constant, error = _through_lines(lines, values, taken[0])
     elif is_affine(equation, bounded) and not thin:
         parts, constant, error = _through_adjoint(equation, values, bounded, taken)
     else:
@@ -321,6 +393,13 @@ def _contract(rows: Array, value: Array) -> Array:
     return jnp.matmul(flat, value, precision=jax.lax.Precision.HIGHEST)
 
 
+def _weigh(rows: Array, values: Array) -> Array:
+    """`<row, value>`, with one value for all rows or one for each."""
+    if len(values) == 1:
+        return _contract(rows, values[0])
+    return jnp.sum(rows * values, axis=tuple(range(1, rows.ndim)))
+
+
 def _charge(rows: Array, sizes: Array, per: float) -> Array:
     """At least `per <|row|, sizes>`, and what is flushed to zero on the way."""
     unit, tiny, _ = rounding.format_of(rows.dtype)
@@ -335,12 +414,11 @@ def _through_lines(
     """Positive coefficients go through the lower line, negative ones the upper."""
     unit = rounding.format_of(rows.dtype).unit
     positive, negative = jnp.maximum(rows, 0.0), jnp.minimum(rows, 0.0)
-    part = positive * lines.slopes[0][None] + negative * lines.slopes[1][None]
-    constant = _contract(positive, lines.offsets[0]) + _contract(
-        negative, lines.offsets[1]
-    )
+    part = positive * lines.slopes[0] + negative * lines.slopes[1]
+    constant = _weigh(positive, lines.offsets[0]) + _weigh(negative, lines.offsets[1])
     steepest, farthest = (
-        jnp.maximum(*map(jnp.abs, pair)) for pair in (lines.slopes, lines.offsets)
+        jnp.maximum(*(jnp.abs(v).max(0) for v in pair))
+        for pair in (lines.slopes, lines.offsets)
     )
     sizes = steepest * rounding.magnitude(values[lines.operand]) + farthest
     gamma, _ = rounding.growth(sizes.size + 8, unit)
