@@ -60,6 +60,7 @@ from certjax.training.schedules import (
 from certjax.training.smoothed import (
     catrs as catrs,
     consistency as consistency,
+    denoising as denoising,
     gaussian_augmentation as gaussian_augmentation,
     macer as macer,
     noisy_ddn as noisy_ddn,

@@ -99,6 +99,30 @@ def stability(noise: Any, *, weight: Scalar = 2.0) -> Objective:
     return objective
 
 
+def denoising(
+    noise: Any, *, classifier: Classifier | None = None, weight: Scalar = 1.0
+) -> Objective:
+    """Mean squared error of a denoiser f at one noisy copy.
+
+    With a classifier also `weight` times its cross-entropy on the denoised copy towards
+    its own prediction of x.
+
+    Its `f` maps an example to one of the same shape.
+
+    Source: Salman et al. 2020, "Denoised smoothing", arXiv:2003.01908, section 3.
+    """
+
+    def objective(key: Key, f: Classifier, x: Array, label: Array) -> Array:  # noqa: ARG001
+        found = f(noise.sample(key, x))
+        error = jnp.mean((found - x) ** 2)
+        if classifier is None:
+            return error
+        wanted = jax.lax.stop_gradient(jnp.argmax(classifier(x)))
+        return error + weight * cross_entropy(classifier(found), wanted)
+
+    return objective
+
+
 def noisy_pgd(*, eps: Scalar, steps: int) -> NoisyAttack:
     """l2 PGD on the smoothed classifier: unit gradients, step 2 eps / steps, from x.
 
