@@ -94,6 +94,9 @@ class Objective:
 
     ramps: {number of the loss, e.g. attack.eps: [start, end]}: it grows from 0 to its
     value between these epochs, in a line; a jump where they are equal.
+
+    votes: directory of a certification of the training split, for objectives that need
+    the smoothed prediction of every training image (CAT-RS).
     """
 
     loss: Node
@@ -105,6 +108,7 @@ class Objective:
     ramps: Node = field(default_factory=dict)
     statistics_at: Node | None = None
     perturb: Node | None = None
+    votes: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,8 +49,8 @@ PREFIX = "certjax.smoothing."
 STREAM = zlib.crc32(b"smoothing")
 # what all records of a run share and its result repeats
 SHARED = ("certifier", "noise", "sigma", "train_sigma", "n0", "n", "alpha", "levels")
-SHARED += ("width", "keep", "pixels", "norm", "guarantee", "seed", "dtype", "block")
-SHARED += ("generator", "weights")
+SHARED += ("width", "keep", "pixels", "norm", "guarantee", "split", "seed", "dtype")
+SHARED += ("block", "generator", "weights")
 EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 
 Record = dict[str, Any]
@@ -71,6 +71,7 @@ class SmoothingSettings(Selection):
     n: int | None = None
     alpha: float | None = None
     indices: tuple[int, ...] | None = None
+    split: Literal["test", "train"] = "test"
     batch: int = 1000
     block: int = 64
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -196,7 +197,7 @@ def _keys(seed: int, certifier: Callable[..., Any]) -> Callable[[int], dict[str,
 
 
 def _chosen(settings: SmoothingSettings, trained: Trained) -> Examples:
-    examples = judging.examples_of(trained.settings.data, "test")
+    examples = judging.examples_of(trained.settings.data, settings.split)
     if settings.indices is None:
         return select(
             examples,
@@ -212,8 +213,8 @@ def _chosen(settings: SmoothingSettings, trained: Trained) -> Examples:
         or not 0 <= min(asked) <= max(asked) < count
     ):
         raise build.ConfigError(
-            f"indices must be distinct positions in the {count} test examples, got "
-            f"{list(asked)}; e.g. indices=[0,20,40]"
+            f"indices must be distinct positions in the {count} examples of the "
+            f"split, got {list(asked)}; e.g. indices=[0,20,40]"
         )
     return Examples(*(array[list(asked)] for array in examples))
 
@@ -227,6 +228,7 @@ def _about(settings: SmoothingSettings, trained: Trained) -> Record:
         **({"noise": name_of(noise)} if noise else {}),
         **{k: v for k, v in numbers.items() if k != "noise" and k[0] != "_"},
         "train_sigma": train_sigma(trained),
+        "split": settings.split,
         "seed": settings.seed,
         "dtype": settings.dtype,
         "block": settings.block,
@@ -395,7 +397,7 @@ def title_of(result: dict[str, Any]) -> str:
     noise = "no noise" if trained is None else f"sigma {trained:g}"
     network = f"{result['dataset']} · {result['model']} · {result['objective']}"
     how = f"{result.get('noise') or result['certifier']} · {', '.join(numbers)}"
-    count = f"{result['examples']} test examples"
+    count = f"{result['examples']} {result.get('split', 'test')} examples"
     return f"{network} (trained with {noise})\n{how} · {count}"
 
 

@@ -42,6 +42,7 @@ from experiments.settings import (
     threat_of,
     TrainSettings,
 )
+from experiments.smoothing_labels import smoothed_labels
 from experiments.tracking import rewind, Tracker, tracking
 
 
@@ -289,10 +290,11 @@ def _readable(name: str, value: Any) -> float:
 def batches(train: Examples, settings: TrainSettings) -> Callable[[int], tuple]:
     """`batch(step) -> (images, labels)` on the devices: a function of (seed, step)."""
     size = settings.schedule.batch
+    pairs = (train.images, smoothed_labels(settings.objective, train.labels))
 
     def batch(step: int) -> tuple[Any, Any]:
         chosen = data.batch(len(train.labels), size, seed=settings.seed, step=step)
-        return devices.spread((train.images[chosen], train.labels[chosen]))
+        return devices.spread(jax.tree.map(lambda array: array[chosen], pairs))
 
     return batch
 

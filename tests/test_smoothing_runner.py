@@ -195,8 +195,8 @@ REFUSED = {
     ("sigma=0",): r"sigma must be positive and finite .*got 0",
     ("sigma=-0.5",): r"sigma must be positive and finite .*got -0.5",
     ("batch=0",): r"batch must be an integer .*got 0",
-    ("indices=[1,1]",): r"distinct positions in the 364 test examples",
-    ("indices=[364]",): r"distinct positions in the 364 test examples",
+    ("indices=[1,1]",): r"distinct positions in the 364 examples",
+    ("indices=[364]",): r"distinct positions in the 364 examples",
     ("test_eps=0.1",): r"smoothing finds the radius .*got test_eps",
     ("dtype=float16",): r"dtype",
 }
@@ -362,3 +362,23 @@ def test_the_benchmark_measures_votes_beside_the_forward_pass():
     assert [row.case for row in rows][:2] == ["forward", "votes"]
     assert rows[1].target == pytest.approx(1 / 0.85, rel=1e-3)
     assert all(row.median_ms > 0 for row in rows)
+
+
+def test_cat_rs_learns_from_the_votes_on_the_training_images(trained, tmp_path):
+    words = [word for word in NETWORK if not word.startswith("objective")]
+    words += ["objective=catrs", "schedule.epochs=0.1", "schedule.drops=[]"]
+    words += [f"paths.runs={tmp_path}"]
+    with pytest.raises(ConfigError, match=r"objective.votes must be .*split=train"):
+        run(train.work, *words)
+    few = certified(trained, "split=train", "n=64", "n0=64", "max=3")
+    with pytest.raises(RunError, match="votes of 3 of 1433 training examples"):
+        run(train.work, *words, f"objective.votes={few}")
+    shares = np.eye(10)[np.arange(1433) % 10] * 0.7 + 0.03
+    lines = [
+        {"index": i, "split": "train", "n": 1000, "counts": (1000 * row).tolist()}
+        for i, row in enumerate(shares)
+    ]
+    (tmp_path / "votes").mkdir()
+    runs.append_lines(tmp_path / "votes" / "certificates.jsonl", lines)
+    run(train.work, *words, f"objective.votes={tmp_path / 'votes'}", "fresh=true")
+    assert numbers(only(tmp_path))["objective"] == "catrs"

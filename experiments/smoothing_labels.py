@@ -1,0 +1,52 @@
+"""Smoothed predictions of the training images, for objectives that learn from them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from certjax.training.smoothed import SmoothedLabel
+from experiments import runs
+from experiments.build import ConfigError
+from experiments.judging import RECORDS
+from experiments.runs import RunError
+from experiments.settings import name_of, Objective
+
+
+NEEDED = ("catrs",)
+HOW = (
+    "python -m experiments.certify run=<network trained with noise> "
+    "certifier=smoothing split=train n=10000"
+)
+
+
+def smoothed_labels(objective: Objective, labels: np.ndarray) -> Any:
+    """The labels [N], with the votes of a base model where the objective needs them.
+
+    Raises:
+      ConfigError: they are needed and not named, or named and not needed.
+      RunError: they are not those of every training example.
+    """
+    needed = name_of(objective.loss) in NEEDED
+    if needed != (objective.votes is not None):
+        raise ConfigError(
+            f"objective.votes must be the directory made by `{HOW}`"
+            if needed
+            else f"{name_of(objective.loss)} has no use for objective.votes"
+        )
+    if objective.votes is None:
+        return labels
+    return SmoothedLabel(labels, _shares(Path(objective.votes), len(labels)))
+
+
+def _shares(folder: Path, count: int) -> np.ndarray:
+    """[N, K] float32 shares of the votes."""
+    rows = runs.read_lines(folder / RECORDS)
+    found = {row["index"]: row for row in rows if row.get("split") == "train"}
+    if len(found) != count:
+        raise RunError(
+            f"{folder} holds the votes of {len(found)} of {count} training examples; "
+            f"make (or finish) them with `{HOW}`"
+        )
+    counts = np.asarray([found[i]["counts"] for i in range(count)], np.float32)
+    return counts / np.float32(rows[0]["n"])
