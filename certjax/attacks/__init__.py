@@ -38,6 +38,7 @@ from certjax.attacks.minimal import (
     deepfool,
     distances,
     fmn,
+    lengths,
     robust_accuracy_curve,
 )
 from certjax.attacks.search import Expectation
@@ -83,6 +84,7 @@ __all__ = [
     "fgsm",
     "fmn",
     "hopskipjump",
+    "lengths",
     "log_odds",
     "margin_loss",
     "mi_fgsm",

@@ -306,15 +306,20 @@ def distances(
       labels: [N].
     """
     predictions = np.asarray(jnp.argmax(jax.jit(jax.vmap(f))(jnp.asarray(zs)), axis=1))
+    length = lengths(norm, xs, zs)
+    return np.where(predictions != np.asarray(labels), length, np.inf)
+
+
+def lengths(norm: type | int, xs: Array, zs: Array) -> np.ndarray:
+    """[N] float64: the norms of perturbations; the norm is named as in `distances`."""
     delta = np.abs(np.asarray(zs, np.float64) - np.asarray(xs, np.float64))
     delta = delta.reshape(len(delta), -1)
-    lengths = {
+    return {
         Linf: lambda: delta.max(axis=1),
         L2: lambda: np.sqrt((delta**2).sum(axis=1)),
         L1: lambda: delta.sum(axis=1),
-        0: lambda: (delta > 0).sum(axis=1),
+        0: lambda: (delta > 0).sum(axis=1).astype(np.float64),
     }[norm]()
-    return np.where(predictions != np.asarray(labels), lengths, np.inf)
 
 
 def robust_accuracy_curve(distance: np.ndarray, radii: np.ndarray) -> np.ndarray:

@@ -1,0 +1,489 @@
+"""Speed and strength beside other libraries, on one network and the same images.
+
+    python -m experiments.benchmark suite=attack_peers rounds=3 peers.only=pgd
+    python -m experiments.benchmark suite=attack_peers peers.weights=weights.npz ..
+
+All entrants of an attack run in this process, in turns, with as many threads; whatever
+they return is judged here by one and the same function. Our compilation is timed
+apart. Libraries that cannot be imported are left out with a word.
+"""
+
+import importlib.util
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import Partial
+
+from certjax import attacks
+from certjax.attacks import cascade, Stage
+from certjax.threat import L2, Linf, Threat
+from certjax.types import Array, Attack, PyTree
+from experiments import console, data
+from experiments.runs import RunError
+
+
+SHAPES = {
+    "conv1_w": (4, 4, 1, 16),
+    "conv2_w": (4, 4, 16, 32),
+    "fc1_w": (3200, 100),
+    "fc2_w": (100, 10),
+}
+OUTSIDE = 1e-4  # relative; a point further out than this is not counted as broken
+LANES = 128
+
+
+class Images(NamedTuple):
+    """xs: [N, 28, 28, 1] float32 in [0, 1].  labels: [N] int32."""
+
+    xs: np.ndarray
+    labels: np.ndarray
+
+
+class Entrant(NamedTuple):
+    """prepare(field) -> run() -> the attacked images."""
+
+    name: str
+    prepare: Callable[["Field"], Callable[[], Any]]
+
+
+class Contest(NamedTuple):
+    """One attack; `eps` None: of minimum norm, where the median distance counts."""
+
+    name: str
+    norm: type
+    eps: float | None
+    entrants: tuple[Entrant, ...]
+
+
+class Field(NamedTuple):
+    """What the entrants attack; arena: the same for torch, None without torch."""
+
+    f: Partial
+    images: Images
+    arena: Any
+
+
+class Row(NamedTuple):
+    """One entrant's result.
+
+    seconds: median of the turns.  compile_s: what the first call took longer, ours.
+    robust: share of images still classified correctly, or moved out of the set.
+    median: distance, 0 where misclassified at once, inf where not broken.
+    """
+
+    contest: str
+    entrant: str
+    seconds: float
+    compile_s: float | None
+    robust: float
+    median: float
+
+
+def classify(weights: PyTree, x: Array) -> Array:
+    """Two convolutions and two matrices: [28, 28, 1] -> [10]."""
+
+    def conv(x: Array, kernel: Array, stride: int) -> Array:
+        layout = ("NHWC", "HWIO", "NHWC")
+        strides = (stride, stride)
+        return jax.lax.conv_general_dilated(
+            x[None], kernel, strides, "VALID", dimension_numbers=layout
+        )[0]
+
+    h = jax.nn.relu(conv(x, weights["conv1_w"], 2) + weights["conv1_b"][None, None])
+    h = jax.nn.relu(conv(h, weights["conv2_w"], 1) + weights["conv2_b"][None, None])
+    h = jax.nn.relu(h.ravel() @ weights["fc1_w"] + weights["fc1_b"])
+    return h @ weights["fc2_w"] + weights["fc2_b"]
+
+
+def trained(images: Images, *, steps: int = 300) -> PyTree:
+    """Weights after a few seconds of plain training."""
+    keys = jax.random.split(jax.random.key(0), len(SHAPES))
+    weights = {
+        name: jax.random.normal(key, shape) * np.sqrt(2 / np.prod(shape[:-1]))
+        for key, (name, shape) in zip(keys, SHAPES.items(), strict=True)
+    }
+    for name, shape in SHAPES.items():
+        weights[name.replace("_w", "_b")] = jnp.zeros(shape[-1])
+    optimizer = optax.adam(1e-3)
+
+    @jax.jit
+    def step(weights: PyTree, state: PyTree, xs: Array, labels: Array) -> tuple:
+        def loss(weights: PyTree) -> Array:
+            logits = jax.vmap(lambda x: classify(weights, x))(xs)
+            each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return jnp.mean(each)
+
+        updates, state = optimizer.update(jax.grad(loss)(weights), state)
+        return optax.apply_updates(weights, updates), state
+
+    state = optimizer.init(weights)
+    for i in range(steps):
+        rows = data.batch(len(images.xs), 128, seed=0, step=i)
+        weights, state = step(weights, state, images.xs[rows], images.labels[rows])
+    return weights
+
+
+def pictures(xs: np.ndarray, labels: np.ndarray) -> Images:
+    """Grey images as floats of 28 x 28; smaller ones are magnified and padded."""
+    factor = 28 // xs.shape[1]
+    xs = xs.repeat(factor, axis=1).repeat(factor, axis=2)
+    room = 28 - xs.shape[1]
+    sides = (room // 2, room - room // 2)
+    xs = np.pad(xs, ((0, 0), sides, sides, (0, 0)))
+    return Images(xs.astype(np.float32) / np.float32(255), labels.astype(np.int32))
+
+
+def whole(attack: Attack) -> Callable[[Field], Callable[[], Any]]:
+    """Ours, all images in one compiled call."""
+
+    @jax.jit
+    def batch(f: Partial, keys: Array, xs: Array, labels: Array) -> Array:
+        return jax.vmap(lambda k, x, y: attack(k, f, x, y))(keys, xs, labels)
+
+    def prepare(field: Field) -> Callable[[], Any]:
+        keys = jax.random.split(jax.random.key(0), len(field.images.labels))
+        return lambda: jax.block_until_ready(batch(field.f, keys, *field.images))
+
+    return prepare
+
+
+def compacted(
+    stages: tuple[Stage, ...], threat: Threat
+) -> Callable[[Field], Callable[[], Any]]:
+    """Ours, broken images leaving the batch between rounds."""
+    run = cascade(stages, threat, lanes=LANES)
+    return lambda field: lambda: run(jax.random.key(0), field.f, *field.images).z
+
+
+def contest(
+    name: str, norm: type, eps: float | None, ours: dict, rivals: dict
+) -> Contest:
+    """Ours take the field, rivals its torch side."""
+    on_torch = lambda prepare: lambda field: prepare(field.arena)
+    entrants = ours | {k: on_torch(prepare) for k, prepare in rivals.items()}
+    return Contest(name, norm, eps, tuple(Entrant(*pair) for pair in entrants.items()))
+
+
+def gradient_contests(eps: float, radius: float) -> list[Contest]:
+    """PGD and APGD."""
+    from experiments import peers_torch as peers
+
+    ball, disk, step = Linf(eps), L2(radius), eps / 30
+    hundred = lambda set_, _: attacks.pgd(set_, steps=100, step_size=step)
+    madry = {"eps": eps, "eps_step": step}
+    return [
+        contest(
+            "pgd, 40 steps",
+            Linf,
+            eps,
+            {"certjax": whole(attacks.pgd(ball, steps=40, step_size=step))},
+            {
+                "foolbox": peers.foolbox("LinfPGD", eps, steps=40, abs_stepsize=step),
+                "torchattacks": peers.torchattacks(
+                    "PGD", eps=eps, alpha=step, steps=40
+                ),
+                "art": peers.art(
+                    "ProjectedGradientDescent", **madry, max_iter=40, num_random_init=1
+                ),
+                "adv-lib": peers.adv_lib(
+                    "pgd_linf", ε=eps, steps=40, absolute_step_size=step
+                ),
+            },
+        ),
+        contest(
+            "pgd, 5 x 100 steps",
+            Linf,
+            eps,
+            {"certjax": compacted((Stage("pgd", hundred, 5),), ball)},
+            {
+                "art": peers.art(
+                    "ProjectedGradientDescent", **madry, max_iter=100, num_random_init=5
+                ),
+                "adv-lib": peers.adv_lib(
+                    "pgd_linf", ε=eps, steps=100, restarts=5, absolute_step_size=step
+                ),
+            },
+        ),
+        contest(
+            "pgd l2, 50 steps",
+            L2,
+            radius,
+            {"certjax": whole(attacks.pgd(disk, steps=50, step_size=radius / 20))},
+            {
+                "foolbox": peers.foolbox(
+                    "L2PGD", radius, steps=50, abs_stepsize=radius / 20
+                ),
+                "torchattacks": peers.torchattacks(
+                    "PGDL2", eps=radius, alpha=radius / 20, steps=50
+                ),
+            },
+        ),
+        contest(
+            "apgd-ce, 100 steps",
+            Linf,
+            eps,
+            {"certjax": whole(attacks.apgd(ball))},
+            {
+                "torchattacks": peers.torchattacks("APGD", eps=eps, steps=100),
+                "autoattack": peers.autoattack("apgd-ce", norm="Linf", eps=eps),
+                "art": peers.art(
+                    "AutoProjectedGradientDescent",
+                    eps=eps,
+                    eps_step=2 * eps,
+                    nb_random_init=1,
+                    loss_type="cross_entropy",
+                ),
+                "adv-lib": peers.adv_lib(
+                    "apgd", eps=eps, norm=float("inf"), loss_function="ce"
+                ),
+            },
+        ),
+    ]
+
+
+def nearest_contests() -> list[Contest]:
+    """Attacks of minimum norm; tighter budgets than the defaults, the same for all."""
+    from experiments import peers_torch as peers
+
+    anywhere = L2(1.0)
+    cw = {"searches": 9, "steps": 100, "learning_rate": 0.05, "constant": 1.0}
+    return [
+        contest(
+            "c&w l2, 9 x 100 steps",
+            L2,
+            None,
+            {"certjax": whole(attacks.carlini_wagner(anywhere, **cw))},
+            {
+                "foolbox": peers.foolbox(
+                    "L2CarliniWagnerAttack",
+                    None,
+                    binary_search_steps=9,
+                    steps=100,
+                    stepsize=0.05,
+                    initial_const=1.0,
+                ),
+                "adv-lib": peers.adv_lib(
+                    "carlini_wagner_l2",
+                    binary_search_steps=9,
+                    max_iterations=100,
+                    learning_rate=0.05,
+                    initial_const=1.0,
+                ),
+                "torchattacks, one constant": peers.torchattacks(
+                    "CW", c=1.0, steps=900, lr=0.05
+                ),
+            },
+        ),
+        contest(
+            "ddn, 100 steps",
+            L2,
+            None,
+            {"certjax": whole(attacks.ddn(anywhere, steps=100))},
+            {
+                "foolbox": peers.foolbox("DDNAttack", None, steps=100),
+                "adv-lib": peers.adv_lib("ddn", steps=100, levels=None),
+            },
+        ),
+        contest(
+            "fmn l2, 100 steps",
+            L2,
+            None,
+            {"certjax": whole(attacks.fmn(anywhere, steps=100))},
+            {
+                "foolbox": peers.foolbox("L2FMNAttack", None, steps=100),
+                "adv-lib": peers.adv_lib("fmn", norm=2, steps=100),
+            },
+        ),
+        contest(
+            "deepfool l2, 50 steps",
+            L2,
+            None,
+            {"certjax": whole(attacks.deepfool(anywhere, steps=50))},
+            {
+                "foolbox": peers.foolbox("L2DeepFoolAttack", None, steps=50),
+                "adv-lib": peers.adv_lib("df", norm=2, steps=50),
+            },
+        ),
+    ]
+
+
+def ensemble_contests(eps: float, queries: int) -> list[Contest]:
+    """Square, and AutoAttack with full and with torchattacks' budgets."""
+    from experiments import peers_torch as peers
+
+    ball, full = Linf(eps), attacks.autoattack_stages(Linf(eps))
+    search = Stage("square", lambda set_, _: attacks.square(set_, queries=queries))
+    rival = {"norm": "Linf", "eps": eps}
+    return [
+        contest(
+            f"square, {queries} queries",
+            Linf,
+            eps,
+            {"certjax": compacted((search,), ball)},
+            {
+                "torchattacks": peers.torchattacks(
+                    "Square", eps=eps, n_queries=queries
+                ),
+                "autoattack": peers.autoattack("square", **rival, queries=queries),
+                "art": peers.art("SquareAttack", eps=eps, max_iter=queries),
+            },
+        ),
+        contest(
+            "autoattack",
+            Linf,
+            eps,
+            {"certjax": compacted(full, ball)},
+            {"autoattack": peers.autoattack(**rival)},
+        ),
+        # torchattacks takes 10 steps in APGD and FAB, where the reference takes 100
+        contest(
+            "autoattack, 10 steps",
+            Linf,
+            eps,
+            {"certjax": compacted(short_stages(), ball)},
+            {"torchattacks": peers.torchattacks("AutoAttack", eps=eps)},
+        ),
+    ]
+
+
+def short_stages(steps: int = 10) -> tuple[Stage, ...]:
+    """AutoAttack with other numbers of steps, Square as it is."""
+    brief = {"steps": steps, "early_exit": True}
+    towards = lambda set_, i: attacks.apgd_towards(set_, i, **brief)
+    nearest = lambda set_, i: attacks.fab(set_, rank=i, **brief)
+    return (
+        Stage("apgd-ce", lambda set_, _: attacks.apgd(set_, **brief)),
+        Stage("apgd-t", towards, 9, ranks=True),
+        Stage("fab-t", nearest, 9, ranks=True),
+        Stage("square", lambda set_, _: attacks.square(set_)),
+    )
+
+
+def contests(eps: float, radius: float, queries: int) -> list[Contest]:
+    """All comparisons."""
+    return [
+        *gradient_contests(eps, radius),
+        *nearest_contests(),
+        *ensemble_contests(eps, queries),
+    ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The part of the config of `experiments.benchmark` that concerns peers.
+
+    data: a data set of grey images.  weights: .npz of the network, None to train it.
+    first, examples: which test images.  eps, radius: in linf and l2.
+    queries: of Square alone.  only: names of contests begin with one of these words.
+    """
+
+    data: str
+    weights: str | None
+    first: int
+    examples: int
+    eps: float
+    radius: float
+    queries: int
+    only: str | None
+
+    def __post_init__(self) -> None:
+        """Refuse an empty comparison."""
+        if self.examples < 1 or self.queries < 1:
+            raise ValueError("examples and queries must be at least 1")
+
+
+def compare(plan: Plan, rounds: int) -> Iterator[Row]:
+    """Run the contests, entrants in turns; a row for each entrant."""
+    if importlib.util.find_spec("torch") is None:
+        raise RunError("suite=attack_peers needs PyTorch; pip install certjax[bench]")
+    field = prepared(plan)
+    for each in contests(plan.eps, plan.radius, plan.queries):
+        words = plan.only.split(",") if plan.only else [""]
+        if any(each.name.startswith(word) for word in words):
+            yield from held(each, field, rounds)
+
+
+def prepared(plan: Plan) -> Field:
+    """The network, for JAX and for torch, and the images."""
+    from experiments import peers_torch
+
+    dataset = data.load(plan.data)
+    rows = slice(plan.first, plan.first + plan.examples)
+    images = pictures(dataset.x_test[rows], dataset.y_test[rows])
+    if plan.weights is None:
+        weights = trained(pictures(dataset.x_train, dataset.y_train))
+    else:
+        with np.load(plan.weights) as file:
+            weights = dict(file)
+    weights = {name: np.asarray(array) for name, array in weights.items()}
+    threads = len(os.sched_getaffinity(0))
+    arena = peers_torch.arena(weights, *images, threads)
+    return Field(Partial(classify, jax.device_put(weights)), images, arena)
+
+
+def held(each: Contest, field: Field, rounds: int) -> Iterator[Row]:
+    """One contest: everybody once to warm up, then `rounds` turns."""
+    runs, colds = {}, {}
+    for entrant in each.entrants:
+        try:
+            run = entrant.prepare(field)
+            if entrant.name == "certjax":
+                colds[entrant.name] = timed(run)[0]
+        except ImportError as error:
+            console.warn(f"{each.name}: {entrant.name} is left out, {error}")
+        else:
+            runs[entrant.name] = run
+    turns = [{name: timed(run) for name, run in runs.items()} for _ in range(rounds)]
+    for name in runs:
+        seconds = statistics.median(turn[name][0] for turn in turns)
+        cold = colds.get(name)
+        compile_s = None if cold is None else max(cold - seconds, 0.0)
+        verdict = judged(each, field, turns[-1][name][1])
+        yield Row(each.name, name, seconds, compile_s, *verdict)
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, np.ndarray]:
+    """Seconds of one run, and what it returned."""
+    start = time.perf_counter()
+    result = run()
+    seconds = time.perf_counter() - start
+    return seconds, np.asarray(getattr(result, "detach", lambda: result)())
+
+
+def judged(each: Contest, field: Field, zs: np.ndarray) -> tuple[float, float]:
+    """Robust accuracy and median distance, by our own network."""
+    xs, labels = field.images
+    zs = zs.reshape(xs.shape)
+    right = lambda xs: np.argmax(jax.jit(jax.vmap(field.f))(xs), axis=1) == labels
+    still, clean = right(zs), right(xs)
+    length = attacks.lengths(each.norm, xs, zs)
+    robust = still
+    if each.eps is not None:
+        robust = still | (length > each.eps * (1 + OUTSIDE))
+    distance = np.where(still, np.inf, np.where(clean, length, 0.0))
+    return float(np.mean(robust)), float(np.median(distance))
+
+
+def show(rows: list[Row]) -> None:
+    """The table."""
+    blank = lambda value, form: "" if value is None else format(value, form)
+    cells = [
+        [
+            f"{row.contest}: {row.entrant}",
+            f"{row.seconds:.2f}",
+            blank(row.compile_s, ".1f"),
+            f"{100 * row.robust:.1f}",
+            f"{row.median:.4f}",
+        ]
+        for row in rows
+    ]
+    columns = ["attack", "seconds", "compile s", "robust %", "median distance"]
+    console.table("attacks beside other libraries", columns, cells)
