@@ -4,6 +4,9 @@ Runs that differ in the seed alone become one row, mean and standard deviation; 
 entry of a column, among rows of the same data set and test radius, is bold. Smoothed
 classifiers, whose radii differ between examples, have a table of their own, which takes
 logs in the format of Cohen et al. as well.
+
+`table=ctbench [folders]` prints published results of certified training beside ours,
+`table=pareto [folders] [--plot FILE]` clean against certified accuracy.
 """
 
 import argparse
@@ -13,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import console, runs, smoothing_report
+from experiments import console, ctbench, pareto, runs, smoothing_report
 from experiments.runs import RunError
 
 
@@ -197,15 +200,37 @@ def tables(folders: list[Path], *, sigma: float | None, as_latex: bool) -> list[
     return found
 
 
+def _ctbench(folders: list[Path], plot: Path | None) -> str:
+    if plot is not None:
+        raise RunError("table=ctbench draws nothing; leave --plot out")
+    return ctbench.table(folders)
+
+
+def _pareto(folders: list[Path], plot: Path | None) -> str:
+    points = ctbench.points(folders)
+    if plot is not None:
+        pareto.draw(plot, points)
+    return pareto.markdown(points)
+
+
+TABLES = {"table=ctbench": _ctbench, "table=pareto": _pareto}
+
+
 def main(words: list[str] | None = None) -> None:
     """Print the tables of the runs in the folders given."""
     parser = argparse.ArgumentParser(prog="experiments.report", description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="runs or folders of runs")
+    help_folders = "table=ctbench or table=pareto, then runs or folders of runs"
+    parser.add_argument("folders", nargs="+", type=Path, help=help_folders)
     parser.add_argument("--latex", action="store_true", help="LaTeX, not Markdown")
     parser.add_argument("--sigma", type=float, help="noise of the logs")
     parser.add_argument("--plot", type=Path, help="draw accuracy against radius here")
     chosen = parser.parse_args(words)
+    first, *others = chosen.folders
     try:
+        if str(first) in TABLES:
+            places = others or [Path("runs")]
+            print(TABLES[str(first)](places, chosen.plot))
+            return
         found = tables(chosen.folders, sigma=chosen.sigma, as_latex=chosen.latex)
         if chosen.plot is not None:
             smoothing_report.drawn(chosen.folders, chosen.plot)

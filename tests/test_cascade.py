@@ -106,7 +106,7 @@ def test_a_killed_cascade_goes_on(trained, cascade):
     ("words", "message"),
     [
         (["certifier.stages.ibp.lanes=0"], "lanes"),
-        (["certifier.stages.crown_ibp.intermediate=1"], "stages.crown_ibp.intermediate"),
+        (["certifier.stages.crown_ibp.intermediate=1"], "crown_ibp.intermediate"),
         (["certifier.stages.pgd.steps=0"], "steps must be at least 1"),
         (["certifier.stages.pgd._target_=os.system"], "certjax"),
     ],

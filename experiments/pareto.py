@@ -1,0 +1,76 @@
+"""The price of robustness: clean against certified accuracy along a weight."""
+
+from pathlib import Path
+from typing import Any
+
+from experiments.ctbench import METHODS, Point, WEIGHTS
+
+
+COLORS = ("#1b6ca8", "#d95f02", "#2f7d32", "#7b3294", "#4c4c4c")
+
+
+def draw(path: Path, points: list[Point]) -> None:
+    """Write the picture: one line for each method, its weight at each point.
+
+    Args:
+      path: the picture to write.
+      points: from `ctbench.points`; several seeds of one weight are averaged.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for number, method in enumerate(sorted({point.method for point in points})):
+        color = COLORS[number % len(COLORS)]
+        _line(axes, [p for p in points if p.method == method], color)
+    axes.set(xlabel="clean accuracy (%)", ylabel="certified accuracy (%)")
+    axes.set_title("towards the upper right is better", fontsize=10)
+    axes.grid(alpha=0.25)
+    axes.margins(0.12)
+    axes.legend(frameon=False, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _line(axes: Any, points: list[Point], color: str) -> None:
+    method = points[0].method
+    label = f"{METHODS.get(method, method)}, {WEIGHTS[method]} at the points"
+    seeds = {"color": color, "ls": "", "marker": ".", "ms": 4, "alpha": 0.5}
+    axes.plot([p.clean for p in points], [p.certified for p in points], **seeds)
+    means = mean_points(points)
+    xs, ys = [p.clean for p in means], [p.certified for p in means]
+    axes.plot(xs, ys, color=color, marker="o", ms=5, lw=1.4, label=label)
+    for point in means:
+        offset = {"textcoords": "offset points", "xytext": (6, 5)}
+        place = (point.clean, point.certified)
+        axes.annotate(f"{point.weight:g}", place, fontsize=8, color=color, **offset)
+
+
+def mean_points(points: list[Point]) -> list[Point]:
+    """The mean over runs of the same weight, in the order of the weight."""
+    groups: dict[float, list[Point]] = {}
+    for point in points:
+        groups.setdefault(point.weight, []).append(point)
+    return [
+        Point(
+            group[0].method,
+            weight,
+            sum(p.clean for p in group) / len(group),
+            sum(p.certified for p in group) / len(group),
+        )
+        for weight, group in sorted(groups.items())
+    ]
+
+
+def markdown(points: list[Point]) -> str:
+    """The same points as a table."""
+    lines = [["method", "weight", "clean %", "certified %"], ["---"] + ["---:"] * 3]
+    for method in sorted({point.method for point in points}):
+        for p in mean_points([p for p in points if p.method == method]):
+            numbers = [f"{WEIGHTS[method]} = {p.weight:g}"]
+            numbers += [f"{p.clean:.2f}", f"{p.certified:.2f}"]
+            lines.append([METHODS.get(method, method), *numbers])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
