@@ -24,9 +24,13 @@ from experiments import build, console, peers_attacks
 from experiments.cli import Launch, launch
 from experiments.runs import finite
 from experiments.suites import Case, Group, SUITES
+from experiments.training_suite import training_suite
 
 
 PEERS = "attack_peers"
+
+
+SUITES["training"] = training_suite
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,7 @@ def measure(group: Group, rounds: int) -> Iterable[Row]:
     times = [[timed(run) for run in runs] for _ in range(rounds)]
     for i, case in enumerate(group.cases):
         ms = [row[i] for row in times]
-        # how many times the reference's work the case has to do at the least
-        ratio = statistics.median(row[i] / (case.work * row[0]) for row in times)
+        ratio = statistics.median(row[i] / least_work(case, row) for row in times)
         _, seconds, memory = compiled[i]
         yield Row(
             group.name,
@@ -111,6 +114,12 @@ def measure(group: Group, rounds: int) -> Iterable[Row]:
             seconds,
             memory,
         )
+
+
+def least_work(case: Case, row: list[float]) -> float:
+    """Milliseconds that a case needs at the least, by the others of its round."""
+    parts = case.parts or ((0, case.work),)
+    return sum(count * row[position] for position, count in parts)
 
 
 def compile_case(case: Case) -> tuple[Callable[[], Any], float, float]:

@@ -18,7 +18,9 @@ class Case(NamedTuple):
     """A program to time.
 
     work: how many times the reference's work it has to do at the least.
-    target: what time / (work * time of the reference) should stay below.
+    target: what time / (time of the least work) should stay below.
+    parts: (position of a case in the group, how often), whose sum is the least work
+      instead of `work` times the reference.
     host: called as it is, since it compiles its own programs.
     """
 
@@ -28,6 +30,7 @@ class Case(NamedTuple):
     work: float = 1.0
     target: float | None = None
     host: bool = False
+    parts: tuple[tuple[int, float], ...] = ()
 
 
 class Group(NamedTuple):

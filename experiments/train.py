@@ -35,6 +35,8 @@ from experiments.settings import (
     Clock,
     initializer_of,
     model_of,
+    Node,
+    Objective,
     optimizer_of,
     read,
     recipe_of,
@@ -105,23 +107,34 @@ def prepared(settings: TrainSettings) -> Job:
     check_fits(model, train.images[0])
     clock = Clock.of(settings.schedule, train.labels)
     optimizer = optimizer_of(settings.optimizer, clock)
+    step = step_of(settings, model, optimizer, clock, train.images[0])
+    evaluation = evaluation_of(plan_of(settings), model)
+    initialize = initializer_of(settings.objective, model)
+    choose = selection.chooser(settings, model, held, clock)
+    return Job(settings, train, evaluation, clock, optimizer, initialize, step, choose)
+
+
+def step_of(
+    settings: TrainSettings,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    clock: Clock,
+    image: np.ndarray,
+) -> training.step.Step:
+    """The training step of a config, for images like the given one."""
     recipe = recipe_of(settings, clock)
     with build.blamed("objective.loss"):
         recipe(0)
-    step = training.train_step(
+    return training.train_step(
         model,
         recipe,
         optimizer,
         seed=settings.seed,
         regularizer=regularizer_of(settings, clock),
         l1=settings.objective.l1,
-        clean=needs_clean_batch(settings, model, train.images[0]),
+        clean=needs_clean_batch(settings, model, image),
         **options(settings),
     )
-    evaluation = evaluation_of(plan_of(settings), model)
-    initialize = initializer_of(settings.objective, model)
-    choose = selection.chooser(settings, model, held, clock)
-    return Job(settings, train, evaluation, clock, optimizer, initialize, step, choose)
 
 
 def options(settings: TrainSettings) -> dict[str, Any]:
@@ -130,7 +143,7 @@ def options(settings: TrainSettings) -> dict[str, Any]:
     nodes = {
         "augment": (augment, "data.augment"),
         "perturb": (objective.perturb, "objective.perturb"),
-        "statistics_at": (objective.statistics_at, "objective.statistics_at"),
+        "statistics_at": (_statistics_at(objective), "objective.statistics_at"),
     }
     made = {n: build.build(v, where=w) for n, (v, w) in nodes.items() if v}
     if "statistics_at" in made:  # so far a builder, which waits for the threat set
@@ -138,6 +151,15 @@ def options(settings: TrainSettings) -> dict[str, Any]:
         with build.blamed("objective.statistics_at"):
             made["statistics_at"] = made["statistics_at"](threat)
     return made
+
+
+def _statistics_at(objective: Objective) -> Node | None:
+    """Where batch-norm statistics are taken; under its noise if it has one."""
+    noise = objective.loss.get("noise")
+    if objective.statistics_at is not None or noise is None:
+        return objective.statistics_at
+    target = "certjax.training.noisy_copy"
+    return {"_target_": target, "_partial_": True, "noise": noise}
 
 
 def needs_clean_batch(
@@ -302,16 +324,34 @@ def batches(train: Examples, settings: TrainSettings) -> Callable[[int], tuple]:
 def final_weights(job: Job, state: training.TrainState) -> Weights:
     """What is evaluated: the averaged weights where the config averages them.
 
-    Batch-norm statistics are those of all training examples.
+    Batch-norm statistics are those of all training examples, under the noise of the
+    objective if it has one.
     """
     params = training.averaged_params(state.opt_state, state.params)
     if not state.statistics:
         return Weights(params, {})
     images, batch = job.train.images, job.settings.schedule.batch
     starts = range(0, len(images) - batch + 1, batch)
-    inputs = (as_input(devices.spread(images[i : i + batch])) for i in starts)
+    seen = _noisy(job.settings)
+    inputs = (seen(i, as_input(devices.spread(images[i : i + batch]))) for i in starts)
     model = job.evaluation.model
     return Weights(params, population_statistics(model, params, inputs))
+
+
+def _noisy(settings: TrainSettings) -> Callable[[int, Array], Array]:
+    """`seen(number, xs)`: a batch as the objective's noise shows it, or as it is."""
+    node = settings.objective.loss.get("noise")
+    if node is None:
+        return lambda _, xs: xs
+    noise = build.build(node, where="objective.loss.noise")
+    first = stream(settings.seed, "statistics")
+
+    @jax.jit
+    def seen(number: Array, xs: Array) -> Array:
+        keys = jax.random.split(jax.random.fold_in(first, number), len(xs))
+        return jax.vmap(noise.sample)(keys, xs)
+
+    return seen
 
 
 if __name__ == "__main__":

@@ -78,6 +78,15 @@ def kind(name: str) -> tuple:
 KINDS = {kind(name): name for name in reversed(NAMES)}  # the first name of each kind
 
 
+@pytest.fixture
+def quick_to_compile():
+    """Compile as little as possible: every program runs twice only."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("quick_to_compile")
 @pytest.mark.parametrize("name", sorted(KINDS.values()))
 def test_two_steps_of_a_recipe_of_each_kind(name):
     job = train.prepared(settings.read(settings.TrainSettings, shrunk(name)))
