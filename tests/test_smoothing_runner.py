@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from runners import composed, numbers, only, run
 
+from certjax.models import population_statistics
 from certjax.smoothing import Gaussian, generator, judge
 from certjax.smoothing.confidence import proportion_lower
 from experiments import (
@@ -382,3 +383,26 @@ def test_cat_rs_learns_from_the_votes_on_the_training_images(trained, tmp_path):
     runs.append_lines(tmp_path / "votes" / "certificates.jsonl", lines)
     run(train.work, *words, f"objective.votes={tmp_path / 'votes'}", "fresh=true")
     assert numbers(only(tmp_path))["objective"] == "catrs"
+
+
+def test_batch_norm_is_that_of_noisy_images(tmp_path):
+    """In training and at its end: the smoothed classifier sees nothing else."""
+    words = [w for w in NETWORK if w[:5] not in {"model", "+mode"}]
+    words += ["model=mlp", "+model.hidden=[8]", "+model.batch_norm=true"]
+    words += [
+        "schedule.epochs=1",
+        "schedule.drops=[]",
+        "objective.loss.noise.sigma=1.0",
+    ]
+    run(train.work, *words, f"paths.runs={tmp_path}")
+    found = smoothing.judging.finished_training(str(only(tmp_path)), None)
+    images = smoothing.judging.examples_of(found.settings.data, "train").images
+    xs = jnp.asarray(images[:1408].reshape(11, 128, 8, 8, 1) / 255.0, jnp.float32)
+    noise = jax.random.normal(jax.random.key(5), xs.shape)
+    variance = {}
+    for name, batches in (("clean", xs), ("noisy", xs + noise)):
+        statistics = population_statistics(found.model, found.weights.params, batches)
+        variance[name] = np.asarray(statistics["dense_norm_0"]["var"])
+    kept = np.asarray(found.weights.statistics["dense_norm_0"]["var"])
+    np.testing.assert_allclose(kept, variance["noisy"], rtol=0.2)
+    assert np.all(kept > 1.5 * variance["clean"])

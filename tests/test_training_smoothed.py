@@ -13,6 +13,7 @@ from certjax.training.smoothed import (
     consistency,
     gaussian_augmentation,
     macer,
+    noisy_copy,
     noisy_ddn,
     noisy_pgd,
     smooth_adversarial,
@@ -261,3 +262,10 @@ def test_catrs_of_a_hopeless_example_takes_the_easiest_noise():
     noises = drawn(jax.random.split(KEY)[0], 3)
     easiest = min(float(cross_entropy(f(X + n), LABEL)) for n in noises)
     assert value(objective, label=label) == pytest.approx(easiest / 3, rel=1e-5)
+
+
+def test_batch_norm_sees_the_copies_that_augmentation_trains_on():
+    seen = []
+    gaussian_augmentation(NOISE)(KEY, lambda z: seen.append(z) or f(z), X, LABEL)
+    z = noisy_copy(None, noise=NOISE)(KEY, f, X, LABEL)
+    np.testing.assert_array_equal(z, seen[0])

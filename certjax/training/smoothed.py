@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from certjax.loops import fori, loopable
+from certjax.threat import Threat
 from certjax.training.losses import cross_entropy
 from certjax.training.objectives import detached, Itemized, Terms
-from certjax.types import Array, Classifier, Key, Objective, Scalar
+from certjax.types import Array, Attack, Classifier, Key, Objective, Scalar
 
 
 NoisyAttack: TypeAlias = Callable[[Key, Classifier, Array, Array, Array], Array]
@@ -82,6 +83,16 @@ def gaussian_augmentation(noise: Any) -> Objective:
         return _terms(cross_entropy(logits, label), logits, label)
 
     return objective
+
+
+def noisy_copy(threat: Threat, *, noise: Any) -> Attack:  # noqa: ARG001 - a builder
+    """No attack but the noise: `statistics_at` of the training step.
+
+    A network with batch normalisation that will be smoothed must be normalised with the
+    statistics of noisy batches. With the key of the step, these are the very copies
+    that `gaussian_augmentation` trains on.
+    """
+    return lambda key, f, x, label: noise.sample(key, x)  # noqa: ARG005
 
 
 def stability(noise: Any, *, weight: Scalar = 2.0) -> Objective:
