@@ -49,7 +49,8 @@ def convolution(
         return _blocked(params, kernel, padding, x)
 
     f = blocked if _divides(params, kernel) else plain
-    return loopable(f, jnp.zeros(shape, kernel.dtype))
+    # very many rows: the scattered form would hold the products of all kernel taps
+    return loopable(f, jnp.zeros(shape, kernel.dtype), scatter=False)
 
 
 def _divides(params: dict, kernel: Array) -> bool:

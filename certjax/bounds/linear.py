@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from certjax.bounds import patches, slopes
+from certjax.bounds.chunks import in_chunks, rows_that_fit
 from certjax.bounds.convolution import convolution
 from certjax.bounds.forward import by_forward
 from certjax.bounds.interval import ibp
@@ -31,6 +32,7 @@ from certjax.bounds.problem import (
     distance_at,
     intersect,
     intersect_trees,
+    is_exact,
     MAX_BYTES,
     mixings,
     pose,
@@ -43,7 +45,7 @@ from certjax.bounds.problem import (
 )
 from certjax.bounds.relax import is_float, operands, relax, Relaxation
 from certjax.bounds.rounding_linear import sound_crown
-from certjax.threat import Box, Linf, Threat
+from certjax.threat import Threat
 from certjax.types import Array, Interval, PyTree
 from certjax.walk import Equation, Node, primitives as p, read
 
@@ -230,11 +232,7 @@ def spread(state: Rows) -> Rows:
     if value.ndim > 1:
         grid = local[0].window.grid if local else value.shape[1:]
         value = jnp.broadcast_to(value, (value.shape[0], *grid)).ravel()
-    return Rows({n: _dense(c) for n, c in state.coefficients.items()}, value)
-
-
-def _dense(c: Any) -> Array | None:
-    return patches.densify(c) if isinstance(c, Patches) else c
+    return Rows({n: patches.images(c) for n, c in state.coefficients.items()}, value)
 
 
 def mirror(state: Rows) -> Rows:
@@ -254,18 +252,12 @@ def _add(state: Rows, equation: Equation, parts: dict[int, Any]) -> Rows:
     sums = dict(state.coefficients)
     for i, part in parts.items():
         node = equation.inputs[i]
-        known = sums.get(node)
-        local = isinstance(part, Patches)
-        sums[node] = patches.add(known, part) if local else _plus(known, part)
-    if all(c is not None for c in sums.values()):
-        return state._replace(coefficients=sums)
-    # windows that do not line up: everything as images
-    images = {i: patches.densify(part) for i, part in parts.items()}
-    return _add(spread(state), equation, images)
-
-
-def _plus(known: Array | None, part: Array) -> Array:
-    return part if known is None else known + part
+        total = patches.plus(sums.get(node), part)
+        if total is None:  # windows that do not line up: everything as images
+            images = {i: patches.images(part) for i, part in parts.items()}
+            return _add(spread(state), equation, images)
+        sums[node] = total
+    return state._replace(coefficients=sums)
 
 
 def _contract(rows: Array, value: Array) -> Array:
@@ -358,7 +350,9 @@ def close(problem: Problem, rows: Rows) -> Array:
     """[R] lower bounds of the rows over the threat set."""
     if any(isinstance(c, Patches) for c in rows.coefficients.values()):
         if len(rows.coefficients) == len(problem.graph.inputs) == 1:
-            return _close_patches(problem, rows)
+            (found,) = rows.coefficients.values()
+            x = jax.tree.leaves(problem.x)[0]
+            return patches.minimum(problem.threat, x, found) + rows.value
         rows = spread(rows)
     leaves, tree = jax.tree.flatten(problem.x)
     count = rows.value.shape[0]
@@ -371,24 +365,6 @@ def close(problem: Problem, rows: Rows) -> Array:
         return problem.threat.minimum(problem.x, jax.tree.unflatten(tree, coefficients))
 
     return jax.vmap(one)(*filled) + rows.value
-
-
-def _close_patches(problem: Problem, rows: Rows) -> Array:
-    """[R, *grid]: each window's part of the set, closed by its own coefficients."""
-    (found,) = rows.coefficients.values()
-    known = (problem.threat, jax.tree.leaves(problem.x)[0])
-    known, axes = patches.cropped(known, found.window.shape, found.window)
-    grid = len(found.window.grid)
-
-    def one(known: tuple, coefficients: Array) -> Array:
-        threat, x = known
-        return threat.minimum(x, coefficients)
-
-    for _ in range(grid):
-        one = jax.vmap(one, (axes, 0))
-    shape = (rows.value.shape[0], *found.window.grid)
-    values = jnp.broadcast_to(found.values, (*shape, *found.window.patch))
-    return jax.vmap(one, (None, 0))(known, values) + rows.value
 
 
 def enclose(
@@ -412,67 +388,37 @@ def enclose(
         lower, negated = jnp.split(found, 2)
         return Interval(lower, -negated)
 
-    found = _in_chunks(some, size, _rows_that_fit(problem, node, copies))
+    fit = rows_that_fit(problem.max_bytes, copies * _bytes_of_a_row(problem, node))
+    found = in_chunks(some, size, fit)
     return _shaped(found, shape)
-
-
-def _in_chunks(some: Callable[[Array], Interval], size: int, fit: int) -> Interval:
-    """`some(arange(size))`, at most `fit` indices at a time."""
-    chunk = min(size, fit)
-    if chunk == size:
-        return some(jnp.arange(size))
-    count = -(-size // chunk)
-    chunk = -(-size // count)
-    index = jnp.minimum(jnp.arange(count * chunk), size - 1).reshape(count, chunk)
-    found = jax.lax.map(some, index)
-    return Interval(*(v.reshape(-1, *v.shape[2:])[:size] for v in found))
 
 
 def _enclose_channels(
     problem: Problem, node: Node, window: Window, closing: Closing, copies: int
 ) -> Interval:
     """The entries of a convolution's result: its channels, at all positions at once."""
-    ones = (1,) * len(window.grid)
-    rest = [n for i, n in enumerate(window.shape) if i not in window.space]
-    channels, dtype = int(np.prod(rest)), node.aval.dtype
 
     def start(index: Array) -> Rows:
-        rows = jax.nn.one_hot(index, channels, dtype=dtype)
-        rows = Patches(rows.reshape(-1, *ones, *window.patch), window)
+        rows = patches.channels(window, index, node.aval.dtype)
         return Rows({node: rows}, patches.weigh(rows, problem.anchors[node]))
 
     def some(index: Array) -> Interval:
         found = closing(problem, node, start(index))
-        lower, negated = jnp.split(found.reshape(2 * index.size, *window.grid), 2)
-        return Interval(lower, -negated)
+        return patches.split_signs(found, window)
 
     def plain(index: Array) -> Array:
         return lower_bounds(problem, node, start(index))
 
-    found = _in_chunks(some, channels, _channels_that_fit(problem, plain, copies))
-    axes = range(len(rest), len(window.shape))
-
-    def placed(v: Array) -> Array:
-        v = v.reshape(*rest, *window.grid)
-        return jnp.moveaxis(v, tuple(axes), window.space)
-
-    return Interval(*map(placed, found))
-
-
-def _channels_that_fit(problem: Problem, plain: Callable, copies: int) -> int:
-    """About six copies of the widest patches, both signs, live at once."""
-    widest: list[int] = []
-    with patches.recording(widest):
-        jax.eval_shape(plain, jnp.zeros(1, int))
-    return _fit(problem, 3 * max(widest, default=1), copies)
+    fit = rows_that_fit(problem.max_bytes, copies * patches.bytes_of(plain))
+    return patches.placed(in_chunks(some, window.channels, fit), window)
 
 
 def _shaped(found: Interval, shape: Sequence[int]) -> Interval:
     return Interval(*(v.reshape(shape) for v in found))
 
 
-def _rows_that_fit(problem: Problem, node: Node, copies: int) -> int:
-    """Rows of both signs; about three copies of the widest node live at once."""
+def _bytes_of_a_row(problem: Problem, node: Node) -> int:
+    """Both signs; about three copies of the widest node live at once."""
     last = problem.positions.get(node, -1)
     past = [o for e in problem.graph.equations[: last + 1] for o in e.outputs]
     sizes = [
@@ -480,17 +426,7 @@ def _rows_that_fit(problem: Problem, node: Node, copies: int) -> int:
         for v in (*problem.graph.inputs, *past)
         if v in problem.graph.depends
     ]
-    return _fit(problem, 6 * max(sizes), copies)
-
-
-def _fit(problem: Problem, bytes_per_row: int, copies: int) -> int:
-    bytes_per_row *= copies
-    if bytes_per_row > problem.max_bytes:
-        raise ValueError(
-            f"one row of linear coefficients needs {bytes_per_row} bytes, got "
-            f"max_bytes={problem.max_bytes}; raise max_bytes to at least that"
-        )
-    return problem.max_bytes // bytes_per_row
+    return 6 * max(sizes)
 
 
 def enclose_output(
@@ -522,12 +458,6 @@ def refinement(name: str) -> Refine:
 def by_crown(problem: Problem, node: Node) -> Interval | None:
     """The node's own linear bounds, unless its interval is exact already."""
     return None if is_exact(problem, node) else enclose(problem, node)
-
-
-def is_exact(problem: Problem, node: Node) -> bool:
-    """Has interval arithmetic lost nothing up to here?"""
-    box_shaped = isinstance(problem.threat, Linf | Box)
-    return node not in problem.positions or (box_shaped and mixings(problem, node) < 2)
 
 
 FOLD = 1024  # entries up to which the affine part behind an operand is folded

@@ -23,7 +23,6 @@ from certjax.bounds.linear import (
     crown,
     enclose,
     enclose_output,
-    is_exact,
     pull_back,
     refinement,
     Rows,
@@ -32,6 +31,7 @@ from certjax.bounds.patches import Patches
 from certjax.bounds.problem import (
     default_share,
     intersect_trees,
+    is_exact,
     MAX_BYTES,
     pose,
     Problem,

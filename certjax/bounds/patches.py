@@ -26,7 +26,8 @@ from certjax.bounds.problem import (
     values_of,
 )
 from certjax.bounds.relax import operands, relax, Relaxation
-from certjax.types import Array
+from certjax.threat import Threat
+from certjax.types import Array, Interval
 from certjax.walk import Equation, Node, primitives as p
 
 
@@ -55,6 +56,12 @@ class Window(NamedTuple):
     stride: tuple[int, ...]
     start: tuple[int, ...]
     grid: tuple[int, ...]
+
+    @property
+    def channels(self) -> int:
+        """How many entries the node has at one position."""
+        rest = [n for i, n in enumerate(self.shape) if i not in self.space]
+        return int(np.prod(rest))
 
     @property
     def patch(self) -> tuple[int, ...]:
@@ -126,6 +133,54 @@ def identity(problem: Problem, node: Node) -> Window | None:
     ones = (1,) * len(space)
     grid = tuple(shape[axis] for axis in space)
     return Window(shape, space, ones, ones, (0,) * len(space), grid)
+
+
+def channels(window: Window, index: Array, dtype: Any) -> Patches:
+    """Rows that pick channels, at every position: under a window of one pixel."""
+    ones = (1,) * len(window.grid)
+    rows = jax.nn.one_hot(index, window.channels, dtype=dtype)
+    return Patches(rows.reshape(-1, *ones, *window.patch), window)
+
+
+def split_signs(found: Array, window: Window) -> Interval:
+    """Lower bounds of rows and of their negatives, [2R, *grid], as an interval."""
+    lower, negated = jnp.split(found.reshape(-1, *window.grid), 2)
+    return Interval(lower, -negated)
+
+
+def placed(found: Interval, window: Window) -> Interval:
+    """[channels, *grid] as an interval of the node."""
+    rest = [n for i, n in enumerate(window.shape) if i not in window.space]
+    axes = range(len(rest), len(window.shape))
+
+    def place(v: Array) -> Array:
+        return jnp.moveaxis(v.reshape(*rest, *window.grid), tuple(axes), window.space)
+
+    return Interval(*map(place, found))
+
+
+def bytes_of(way_back: Callable[[Array], Any]) -> int:
+    """What one channel occupies: about six copies of the widest patches, both signs."""
+    widest: list[int] = []
+    with recording(widest):
+        jax.eval_shape(way_back, jnp.zeros(1, int))
+    return 3 * max(widest, default=1)
+
+
+def minimum(threat: Threat, x: Array, patches: Patches) -> Array:
+    """[R, *grid]: each window's part of the set, closed by its own coefficients."""
+    window = patches.window
+    known, axes = cropped((threat, x), window.shape, window)
+
+    def one(known: tuple, coefficients: Array) -> Array:
+        threat, x = known
+        return threat.minimum(x, coefficients)
+
+    for _ in window.grid:
+        one = jax.vmap(one, (axes, 0))
+    shape = (patches.values.shape[0], *window.grid, *window.patch)
+    values = jnp.broadcast_to(patches.values, shape)
+    return jax.vmap(one, (None, 0))(known, values)
 
 
 def _space(problem: Problem, node: Node) -> tuple[int, ...] | None:
@@ -254,7 +309,11 @@ def _pull_convolution(equation: Equation, values: list, patches: Patches) -> Pul
     few = kernel.shape[numbers.rhs_spec[1]] < FEW
     waste = np.prod(window.size) / np.prod(taps)
     dense = waste <= (WASTE_OF_FEW if few else WASTE)
-    pulled = _transposed(apply, window.patch, rows, dense=bool(dense))
+    pulled = (
+        _product(apply, window.patch, rows, params["precision"])
+        if dense
+        else _transposed(apply, window.patch, rows)
+    )
     pulled = pulled.reshape(*lead, *window.patch)
     for sizes in _recorders:
         sizes.append(int(np.prod(pulled.shape)) * pulled.dtype.itemsize)
@@ -263,18 +322,20 @@ def _pull_convolution(equation: Equation, values: list, patches: Patches) -> Pul
     return {0: Patches(pulled, window)}
 
 
-def _transposed(
-    apply: Callable, shape: tuple[int, ...], rows: Array, *, dense: bool
-) -> Array:
+def _transposed(apply: Callable, shape: tuple[int, ...], rows: Array) -> Array:
     """[N, *shape]: every row through the transpose of a linear function."""
     zero = jnp.zeros(shape, rows.dtype)
-    pull = jax.vmap(lambda row: jax.vjp(apply, zero)[1](row)[0])
-    if not dense:
-        return pull(rows)
+    return jax.vmap(lambda row: jax.vjp(apply, zero)[1](row)[0])(rows)
+
+
+def _product(
+    apply: Callable, shape: tuple[int, ...], rows: Array, precision: Any
+) -> Array:
+    """The same by one matrix product."""
     size = int(np.prod(rows.shape[1:]))
     eye = jnp.eye(size, dtype=rows.dtype).reshape(size, *rows.shape[1:])
-    matrix = pull(eye)
-    product = jnp.matmul(rows.reshape(-1, size), matrix.reshape(size, -1))
+    matrix = _transposed(apply, shape, eye).reshape(size, -1)
+    product = jnp.matmul(rows.reshape(-1, size), matrix, precision=precision)
     return product.reshape(-1, *shape)
 
 
@@ -391,6 +452,19 @@ def add(a: Patches | None, b: Patches) -> Patches | None:
     sizes = tuple(s + e for s, e in zip(starts, ends, strict=True))
     window = a.window._replace(size=sizes, start=tuple(starts))
     return Patches(_grown(a, window) + _grown(b, window), window)
+
+
+def plus(known: Any, part: Any) -> Any:
+    """The sum of coefficients of one node; None where patches do not line up."""
+    if isinstance(part, Patches):
+        return add(known, part)
+    return part if known is None else known + part
+
+
+def images(coefficients: Any) -> Any:
+    """Coefficients as images, whatever they are."""
+    local = isinstance(coefficients, Patches)
+    return densify(coefficients) if local else coefficients
 
 
 def _grown(patches: Patches, window: Window) -> Array:

@@ -23,7 +23,7 @@ from certjax.bounds.relax import (
     Side,
 )
 from certjax.bounds.rewrite import prepare
-from certjax.threat import Threat
+from certjax.threat import Box, Linf, Threat
 from certjax.types import Array, Interval, PyTree
 from certjax.walk import Equation, Graph, Node, primitives as p, read
 
@@ -160,6 +160,12 @@ def default_share(slope: Slope, equation: Equation, values: list) -> Array | Non
     """The share of a relu-like equation by the caller's slope; None: the family's."""
     x = bent_interval(equation, values)
     return None if x is None else slope(x)
+
+
+def is_exact(problem: Problem, node: Node) -> bool:
+    """Has interval arithmetic lost nothing up to here?"""
+    box_shaped = isinstance(problem.threat, Linf | Box)
+    return node not in problem.positions or (box_shaped and mixings(problem, node) < 2)
 
 
 def mixings(problem: Problem, node: Node, *, since_nonlinear: bool = False) -> int:

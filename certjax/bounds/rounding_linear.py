@@ -16,16 +16,19 @@ derivative. An equation with neither gives way to the two ends of its enclosure.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from certjax.bounds import composite, rounding, slopes
+from certjax.bounds import composite, patches, rounding, slopes
 from certjax.bounds.affine import BILINEAR, is_affine
+from certjax.bounds.chunks import in_chunks, rows_that_fit
 from certjax.bounds.climb import best_of, Climb
-from certjax.bounds.problem import default_share
+from certjax.bounds.patches import Patches, Window
+from certjax.bounds.problem import default_share, is_exact
 from certjax.bounds.relax import HALF, relax, SHARED
 from certjax.bounds.rewrite import live
 from certjax.bounds.rounding import Thin
@@ -63,9 +66,13 @@ class Problem(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """`sum_node <coefficients[node], node> + constant - error`, for each of R rows."""
+    """`sum_node <coefficients[node], node> + constant - error`, for each of R rows.
 
-    coefficients: dict[Node, Array]
+    coefficients: node -> [R, *node], or `Patches` as in `linear`.
+    constant, error: [R], with patches [R, *grid or 1s].
+    """
+
+    coefficients: dict[Node, Any]
     constant: Array
     error: Array
 
@@ -132,7 +139,7 @@ def _solve(problem: Problem, refine: bool) -> None:
         operand = _operand(equation, values)
         if operand is not None:
             node = equation.inputs[operand]
-            if refine and node in problem.positions:
+            if refine and not is_exact(problem, node):
                 found = _enclose(problem, node)
                 problem.env[node] = _intersect(problem.env[node], found)
                 values[operand] = problem.env[node]
@@ -267,24 +274,36 @@ def _grid(equation: Equation, values: list, operand: int) -> Array:
 
 def _enclose(problem: Problem, node: Node, climb: Climb | None = None) -> Interval:
     """Bounds of every entry of a node, in chunks of rows that fit the budget."""
+    window = None if climb else patches.identity(problem, node)
+    if window is not None:
+        return _enclose_channels(problem, node, window)
     shape, dtype = node.aval.shape, node.aval.dtype
     size = max(1, int(np.prod(shape)))
     widest = max(v.aval.size for v in (*problem.positions, *problem.graph.inputs))
-    chunk = max(1, min(size, problem.max_bytes // (8 * widest * dtype.itemsize)))
 
     def some(index: Array) -> Interval:
-        rows = jax.nn.one_hot(index, size, dtype=dtype).reshape(chunk, *shape)
+        rows = jax.nn.one_hot(index, size, dtype=dtype).reshape(-1, *shape)
         both = jnp.concatenate([rows, -rows])
         lower, negated = jnp.split(_bounded_below(problem, node, both, climb), 2)
         return Interval(lower, -negated)
 
-    if chunk == size:
-        found = some(jnp.arange(size))
-    else:
-        count = -(-size // chunk)
-        index = jnp.minimum(jnp.arange(count * chunk), size - 1)
-        found = jax.lax.map(some, index.reshape(count, chunk))
-    return Interval(*(v.ravel()[:size].reshape(shape) for v in found))
+    fit = rows_that_fit(problem.max_bytes, 8 * widest * dtype.itemsize)
+    found = in_chunks(some, size, fit)
+    return Interval(*(v.reshape(shape) for v in found))
+
+
+def _enclose_channels(problem: Problem, node: Node, window: Window) -> Interval:
+    """The entries of a convolution's result: its channels, at all positions at once."""
+
+    def lower(index: Array) -> Array:
+        rows = patches.channels(window, index, node.aval.dtype)
+        both = jnp.concatenate([rows.values, -rows.values])
+        rows = rows._replace(values=both)
+        return _close(problem, _pull_back(problem, node, rows, {}))
+
+    fit = rows_that_fit(problem.max_bytes, patches.bytes_of(lower))
+    some = lambda index: patches.split_signs(lower(index), window)
+    return patches.placed(in_chunks(some, window.channels, fit), window)
 
 
 def _bounded_below(
@@ -320,23 +339,53 @@ def _like(share: Array, rank: int) -> Array:
 
 
 def _pull_back(
-    problem: Problem, target: Node, rows: Array, shares: dict[int, Array]
+    problem: Problem, target: Node, rows: Any, shares: dict[int, Array]
 ) -> Rows:
     """Linear functions of the input nodes below `<rows, target>`."""
-    zeros = jnp.zeros(rows.shape[0], rows.dtype)
+    values = rows.values if isinstance(rows, Patches) else rows
+    shape = (len(values), *(1 for _ in rows.window.grid)) if values is not rows else ()
+    zeros = jnp.zeros(shape or len(values), values.dtype)
     state = Rows({target: rows}, zeros, zeros)
     for i in range(problem.positions.get(target, -1), -1, -1):
         equation = problem.graph.equations[i]
-        taken = [state.coefficients.pop(o, None) for o in equation.outputs]
-        if any(c is not None for c in taken):
-            state = _step(problem, state, i, taken, shares.get(i))
+        if any(o in state.coefficients for o in equation.outputs):
+            state = _step(problem, state, i, shares.get(i))
     return state
 
 
-def _step(
-    problem: Problem, state: Rows, i: int, taken: list, share: Array | None
-) -> Rows:
-    """One equation: through lines, through its adjoint, or to its enclosure."""
+def _step(problem: Problem, state: Rows, i: int, share: Array | None) -> Rows:
+    """One equation, in patches where that works."""
+    equation = problem.graph.equations[i]
+    taken = [state.coefficients.get(o) for o in equation.outputs]
+    pulled = _pull(problem, i, taken, share)
+    if pulled is None:
+        return _step(problem, _spread(state), i, share)
+    kept = {n: c for n, c in state.coefficients.items() if n not in equation.outputs}
+    state = _add(problem, state._replace(coefficients=kept), equation, pulled)
+    found = state.coefficients.values()
+    wide = any(isinstance(c, Patches) and c.window.covers() for c in found)
+    return _spread(state) if wide else state
+
+
+def _spread(state: Rows) -> Rows:
+    """The rows with every patch written out as an image."""
+    if state.constant.ndim < 2:
+        return state
+    local = [c for c in state.coefficients.values() if isinstance(c, Patches)]
+    grid = local[0].window.grid if local else state.constant.shape[1:]
+    shape = (len(state.constant), *grid)
+    dense = {n: patches.images(c) for n, c in state.coefficients.items()}
+    sums = [jnp.broadcast_to(v, shape).ravel() for v in (state.constant, state.error)]
+    return Rows(dense, *sums)
+
+
+def _pull(problem: Problem, i: int, taken: list, share: Array | None) -> Rows | None:
+    """Through lines, through the adjoint, or to the enclosure.
+
+    Returns:
+      rows in the positions of equation i's operands, and what they add; None: there is
+      no such step in patches.
+    """
     equation = problem.graph.equations[i]
     values = [read(problem.env, atom) for atom in equation.inputs]
     thin = isinstance(problem.env[equation.outputs[0]], Thin)
@@ -345,37 +394,31 @@ def _step(
         lines = problem.lines[i]
         if share is not None:
             lines = _lines(equation, values, lines.operand, share)
-        parts, constant, error = _through_lines(lines, values, taken[0])
-    elif is_affine(equation, bounded) and not thin:
-        parts, constant, error = _through_adjoint(equation, values, bounded, taken)
-    else:
-        outputs = [problem.env[o] for o in equation.outputs]
-        parts, constant, error = {}, *_to_constants(outputs, taken)
-    return _add(problem, state, equation, parts, constant, error)
+        return _through_lines(lines, values, taken[0])
+    if is_affine(equation, bounded) and not thin:
+        return _through_adjoint(equation, values, bounded, taken)
+    return _to_constants([problem.env[o] for o in equation.outputs], taken)
 
 
-def _add(
-    problem: Problem,
-    state: Rows,
-    equation: Equation,
-    parts: dict[int, Array],
-    constant: Array,
-    error: Array,
-) -> Rows:
+def _add(problem: Problem, state: Rows, equation: Equation, pulled: Rows) -> Rows:
     """The parts join what is known of the operands; each sum is rounded once."""
-    coefficients = state.coefficients
-    unit = rounding.format_of(constant.dtype).unit
-    for i, part in parts.items():
+    sums, error = dict(state.coefficients), state.error + pulled.error
+    unit = rounding.format_of(state.constant.dtype).unit
+    for i, part in pulled.coefficients.items():
         node = equation.inputs[i]
-        known = coefficients.get(node)
+        known = sums.get(node)
         if known is not None:
             size = rounding.magnitude(problem.env[node])
-            error = error + 4 * unit * _contract(jnp.abs(known) + jnp.abs(part), size)
-            part = known + part  # noqa: PLW2901
-        coefficients[node] = part
-    total = state.constant + constant
-    error = (state.error + error + 4 * unit * jnp.abs(total)) * (1 + 8 * unit)
-    return Rows(coefficients, total, error)
+            both = _contract(_map(jnp.abs, known), size)
+            both = both + _contract(_map(jnp.abs, part), size)
+            error = error + 4 * unit * both
+            part = patches.plus(known, part)  # noqa: PLW2901
+        if part is None:  # windows that do not line up
+            return _add(problem, _spread(state), equation, _spread(pulled))
+        sums[node] = part
+    total = state.constant + pulled.constant
+    error = (error + 4 * unit * jnp.abs(total)) * (1 + 8 * unit)
+    return Rows(sums, total, error)
 
 
 def _bounded(equation: Equation, values: list) -> list[bool]:
@@ -386,64 +429,77 @@ def _bounded(equation: Equation, values: list) -> list[bool]:
     return [isinstance(v, Interval) for v in values]
 
 
-def _contract(rows: Array, value: Array) -> Array:
+def _map(f: Callable[[Array], Array], rows: Any) -> Any:
+    """`f` of every coefficient."""
+    if isinstance(rows, Patches):
+        return rows._replace(values=f(rows.values))
+    return f(rows)
+
+
+def _contract(rows: Any, value: Array) -> Array:
     """`<row, value>` for each row."""
+    if isinstance(rows, Patches):
+        return patches.weigh(rows, value)
     flat = rows.reshape(rows.shape[0], -1)
     value = jnp.broadcast_to(value, rows.shape[1:]).ravel()
     return jnp.matmul(flat, value, precision=jax.lax.Precision.HIGHEST)
 
 
-def _weigh(rows: Array, values: Array) -> Array:
+def _weigh(rows: Any, values: Array) -> Array:
     """`<row, value>`, with one value for all rows or one for each."""
     if len(values) == 1:
         return _contract(rows, values[0])
     return jnp.sum(rows * values, axis=tuple(range(1, rows.ndim)))
 
 
-def _charge(rows: Array, sizes: Array, per: float) -> Array:
+def _charge(rows: Any, sizes: Array, per: float) -> Array:
     """At least `per <|row|, sizes>`, and what is flushed to zero on the way."""
-    unit, tiny, _ = rounding.format_of(rows.dtype)
+    dtype = rows.values.dtype if isinstance(rows, Patches) else rows.dtype
+    unit, tiny, _ = rounding.format_of(dtype)
     _, inverse = rounding.growth(sizes.size, unit)
-    total = _contract(jnp.abs(rows), sizes) + 8 * tiny * (sizes.size + jnp.sum(sizes))
+    total = _contract(_map(jnp.abs, rows), sizes)
+    total = total + 8 * tiny * (sizes.size + jnp.sum(sizes))
     return per * total * (1 + inverse) * (1 + 8 * unit)
 
 
-def _through_lines(
-    lines: Lines, values: list, rows: Array
-) -> tuple[dict, Array, Array]:
+def _through_lines(lines: Lines, values: list, rows: Any) -> Rows:
     """Positive coefficients go through the lower line, negative ones the upper."""
-    unit = rounding.format_of(rows.dtype).unit
-    positive, negative = jnp.maximum(rows, 0.0), jnp.minimum(rows, 0.0)
-    part = positive * lines.slopes[0] + negative * lines.slopes[1]
+    positive = _map(lambda c: jnp.maximum(c, 0.0), rows)
+    negative = _map(lambda c: jnp.minimum(c, 0.0), rows)
+    if isinstance(rows, Patches):
+        low, high = (patches.unfold(s[0], rows.window)[None] for s in lines.slopes)
+        part = rows._replace(values=positive.values * low + negative.values * high)
+    else:
+        part = positive * lines.slopes[0] + negative * lines.slopes[1]
     constant = _weigh(positive, lines.offsets[0]) + _weigh(negative, lines.offsets[1])
     steepest, farthest = (
         jnp.maximum(*(jnp.abs(v).max(0) for v in pair))
         for pair in (lines.slopes, lines.offsets)
     )
     sizes = steepest * rounding.magnitude(values[lines.operand]) + farthest
+    unit = rounding.format_of(constant.dtype).unit
     gamma, _ = rounding.growth(sizes.size + 8, unit)
-    error = _charge(rows, sizes, gamma)
-    return {lines.operand: part}, constant, error
+    return Rows({lines.operand: part}, constant, _charge(rows, sizes, gamma))
 
 
-def _to_constants(outputs: list, taken: list) -> tuple[Array, Array]:
+def _to_constants(outputs: list, taken: list) -> Rows:
     """The ends of the enclosures: always true."""
     constant, error = jnp.zeros(()), jnp.zeros(())
     for rows, x in zip(taken, outputs, strict=True):
         if rows is None:
             continue
-        ends = jnp.maximum(rows, 0.0), jnp.minimum(rows, 0.0)
-        unit = rounding.format_of(rows.dtype).unit
-        gamma, _ = rounding.growth(x.lower.size + 8, unit)
+        ends = [_map(partial(cut, 0.0), rows) for cut in (jnp.maximum, jnp.minimum)]
         constant = constant + sum(map(_contract, ends, x))
+        unit = rounding.format_of(constant.dtype).unit
+        gamma, _ = rounding.growth(x.lower.size + 8, unit)
         error = error + _charge(rows, rounding.magnitude(x), gamma)
-    return constant, error
+    return Rows({}, constant, error)
 
 
 def _through_adjoint(
     equation: Equation, values: list, bounded: list[bool], taken: list
-) -> tuple[dict, Array, Array]:
-    """Coefficients by `jax.vjp` of the equation, the value at 0, and their errors."""
+) -> Rows | None:
+    """Coefficients by the adjoint of the equation, its value at 0, and their errors."""
     chosen = [i for i, on in enumerate(bounded) if on]
     fixed = [
         rounding.ball(v)[0] if isinstance(v, Interval) and not on else v
@@ -458,17 +514,22 @@ def _through_adjoint(
 
     at_zero, pull = jax.vjp(apply, *(jnp.zeros_like(values[i].lower) for i in chosen))
     given = next(c for c in taken if c is not None)
-    rows = [
-        jnp.zeros((given.shape[0], *v.shape), v.dtype) if c is None else c
-        for c, v in zip(taken, at_zero, strict=True)
-    ]
-    parts = dict(zip(chosen, jax.vmap(pull)(rows), strict=True))
-    constant = jnp.zeros(given.shape[0], given.dtype)
+    if isinstance(given, Patches):
+        rows, parts = [given], patches.pull_affine(equation, fixed, given)
+    else:
+        rows = [
+            jnp.zeros((len(given), *v.shape), v.dtype) if c is None else c
+            for c, v in zip(taken, at_zero, strict=True)
+        ]
+        parts = dict(zip(chosen, jax.vmap(pull)(rows), strict=True))
+    if parts is None:
+        return None
     has_constant = equation.primitive not in MULTIPLIES and not all(bounded)
+    constant = jnp.zeros((), at_zero[0].dtype)
     if has_constant:
         constant = sum(map(_contract, rows, at_zero), constant)
     error = _adjoint_error(equation, values, chosen, rows, has_constant)
-    return parts, constant, error
+    return Rows(parts, constant, error)
 
 
 MULTIPLIES = {*BILINEAR, p.div_p}
@@ -487,7 +548,7 @@ def _adjoint_error(
     equation: Equation,
     values: list,
     chosen: list[int],
-    rows: list[Array],
+    rows: list,
     has_constant: bool,
 ) -> Array:
     """What the program, the coefficients and the constant may be off.
@@ -496,7 +557,8 @@ def _adjoint_error(
     backwards, and those of the scalar product with the value at 0. A factor that the
     program computes is replaced by its centre; its radius is charged.
     """
-    error = jnp.zeros(rows[0].shape[0], rows[0].dtype)
+    dtype = equation.outputs[0].aval.dtype
+    error = jnp.zeros((), dtype)
     arithmetic = equation.primitive in ARITHMETIC
     forwards = rounding.roundings(equation) if arithmetic else 0
     backwards = _back_roundings(equation, values, chosen)
@@ -519,7 +581,7 @@ def _adjoint_error(
         if k == 0 and radii is not None:
             error = error + _charge(row, radii, 1 + 2 * inverse)
     underflow = sum(jnp.sum(sizes[i]) for i in chosen)
-    tiny = rounding.format_of(rows[0].dtype).tiny
+    tiny = rounding.format_of(dtype).tiny
     return error + 16 * (backwards + 2) * tiny * (1 + underflow)
 
 
@@ -566,30 +628,42 @@ def _back_roundings(equation: Equation, values: list, chosen: list[int]) -> int:
 
 
 def _close(problem: Problem, rows: Rows) -> Array:
-    """[2R] lower bounds of the rows over the threat set, rounded down."""
-    leaves, tree = jax.tree.flatten(problem.x)
-    nodes = problem.graph.inputs
-    count, dtype = rows.constant.shape[0], rows.constant.dtype
-    filled = [
-        rows.coefficients.get(node, jnp.zeros((count, *jnp.shape(leaf)), dtype))
-        for node, leaf in zip(nodes, leaves, strict=True)
-    ]
-    threat = rounding.enlarged(problem.threat, problem.x)
-
-    def one(*coefficients: Array) -> Array:
-        return threat.minimum(problem.x, jax.tree.unflatten(tree, coefficients))
-
+    """[R] or [R, *grid] lower bounds of the rows over the threat set, rounded down."""
+    if len(problem.graph.inputs) > 1 or not rows.coefficients:
+        rows = _spread(rows)
+    leaves = jax.tree.leaves(problem.x)
+    dtype, error = rows.constant.dtype, rows.error
     unit, _, largest = rounding.format_of(dtype)
-    least = jax.vmap(one)(*filled)
-    error = rows.error
-    eps = getattr(threat, "eps", 0.0)
-    for row, node, leaf in zip(filled, nodes, leaves, strict=True):
-        size = rounding.magnitude(problem.env[node])
-        size = jnp.maximum(size, jnp.abs(leaf) + jnp.abs(eps))
-        gamma, _ = rounding.growth(2 * leaf.size + 32, unit)
-        error = error + _charge(row, size, 2 * gamma)
+    eps = getattr(problem.threat, "eps", 0.0)
+    for node, leaf in zip(problem.graph.inputs, leaves, strict=True):
+        if node in rows.coefficients:
+            size = rounding.magnitude(problem.env[node])
+            size = jnp.maximum(size, jnp.abs(leaf) + jnp.abs(eps))
+            gamma, _ = rounding.growth(2 * leaf.size + 32, unit)
+            error = error + _charge(rows.coefficients[node], size, 2 * gamma)
+    least = _least(problem, rows)
     total = least + rows.constant
     size = jnp.abs(least) + jnp.abs(rows.constant) + error
     lower = total - error * (1 + 16 * unit) - 8 * unit * size
     # overflow on the way, in the program or here: then nothing is known
     return jnp.where(size < largest / 2**10, lower, -jnp.inf)
+
+
+def _least(problem: Problem, rows: Rows) -> Array:
+    """The minimum of the rows without constants over the enlarged set."""
+    threat = rounding.enlarged(problem.threat, problem.x)
+    leaves, tree = jax.tree.flatten(problem.x)
+    found = [rows.coefficients.get(node) for node in problem.graph.inputs]
+    if isinstance(found[0], Patches):
+        return patches.minimum(threat, leaves[0], found[0])
+    filled = [
+        jnp.zeros((len(rows.constant), *jnp.shape(leaf)), rows.constant.dtype)
+        if c is None
+        else c
+        for c, leaf in zip(found, leaves, strict=True)
+    ]
+
+    def one(*coefficients: Array) -> Array:
+        return threat.minimum(problem.x, jax.tree.unflatten(tree, coefficients))
+
+    return jax.vmap(one)(*filled)
