@@ -136,6 +136,6 @@ def autoattack(
         run.apgd.n_restarts = 1
         run.square.n_queries = queries
         size = {"batch_size": len(on.x)}
-        return lambda: run.run_standard_evaluation(on.x, on.y, **size)
+        return lambda: run.run_standard_evaluation(on.x, on.y, **size)[0]
 
     return prepare

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from certjax import attacks
-from certjax.attacks.apgd import checkpoints
+from certjax.attacks.apgd import Windows
 from certjax.attacks.geometry import into_l1_box, to_hyperplane
 from certjax.threat import Box, L1, L2, Linf
 
@@ -112,7 +112,11 @@ def test_l1_projection_spends_the_radius_and_beats_the_two_step_one():
 
 
 def test_checkpoints_of_the_paper():
-    ends = [i + 1 for i, window in enumerate(checkpoints(100)) if window]
+    window, ends = Windows.first(100), []
+    for i in range(100):
+        if i == window.end:
+            ends.append(i + 1)
+        window = window.next(i)
     assert ends == [22, 41, 57, 70, 80, 87, 93, 99]
 
 

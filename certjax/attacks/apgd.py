@@ -53,7 +53,8 @@ def apgd(
 
     Args:
       threat: the perturbation set.
-      steps: gradient evaluations of one restart after the first.
+      steps: gradient evaluations of one restart after the first; may be traced in
+        linf and l2, where another number of steps then needs no compilation.
       restarts: independent random starts.
       loss: `loss(logits, label)`, ascended: `log_odds` (in its steps the same
         as cross-entropy), `dlr`, `margin_loss`, ..
@@ -186,10 +187,38 @@ def _run(plan: _Plan, key: Key, aim: Aim, x: Array, found: Judged) -> Judged:
     return run(plan, key, aim, x, found)
 
 
+class Windows(NamedTuple):
+    """The window between two checkpoints: its length, and the step that ends it.
+
+    Windows of 22 %, 19 %, 16 %, .. 6 % of the steps (section 3.1 of the paper). All
+    numbers may be traced.
+    """
+
+    length: Array
+    end: Array
+    shorter: Array
+    least: Array
+
+    @classmethod
+    def first(cls, steps: Array | int) -> "Windows":
+        """The window that begins with step 0."""
+        length, least, shorter = (
+            jnp.maximum(percent * steps // 100, 1) for percent in (22, 6, 3)
+        )
+        return cls(length, length - 1, shorter, least)
+
+    def next(self, i: Array) -> "Windows":
+        """The window after step i."""
+        length = jnp.maximum(self.length - self.shorter, self.least)
+        after = Windows(length, self.end + length, self.shorter, self.least)
+        return choose(i == self.end, after, self)
+
+
 class _Dense(NamedTuple):
     """length: the step size in radii.  rises: rising steps of this window.
 
     checked: the peak's loss at the last checkpoint.  halved: was the step halved there?
+    window: until the next one.
     """
 
     climb: _Climb
@@ -197,20 +226,7 @@ class _Dense(NamedTuple):
     rises: Array
     checked: Array
     halved: Array
-
-
-def checkpoints(steps: int) -> list[int]:
-    """The length of the window that ends at each step, 0 where none does.
-
-    Windows of 22 %, 19 %, 16 %, .. 6 % of the steps (section 3.1 of the paper).
-    """
-    window, least, less = (max(int(s * steps), 1) for s in (0.22, 0.06, 0.03))
-    table, end = [0] * steps, window
-    while end <= steps:
-        table[end - 1] = window
-        window = max(window - less, least)
-        end += window
-    return table
+    window: Windows
 
 
 def _start(threat: Threat, key: Key, x: Array) -> Array:
@@ -226,8 +242,7 @@ def _start(threat: Threat, key: Key, x: Array) -> Array:
 
 def _run_dense(plan: _Plan, key: Key, aim: Aim, x: Array, found: Judged) -> Judged:
     """One restart in linf, l2 or a box."""
-    threat, windows = plan.threat, jnp.asarray(checkpoints(plan.steps))
-    scale = radius(threat, x)
+    threat, scale = plan.threat, radius(plan.threat, x)
 
     def step(i: Array, state: _Dense) -> _Dense:
         climb, old = state.climb, state.climb.last
@@ -238,19 +253,20 @@ def _run_dense(plan: _Plan, key: Key, aim: Aim, x: Array, found: Judged) -> Judg
         z = threat.project(x, climb.z + move)
         climb = _moved(climb, z, aim(jax.random.fold_in(key, i + 1)), counts=True)
         state = state._replace(climb=climb, rises=state.rises + (climb.last > old))
-        return _checkpoint(state, windows[i], plan.rho)
+        return _checkpoint(state, i, plan.rho)
 
     climb = _begin(_start(threat, key, x), aim(key), found, counts=True)
     length, rises = jnp.asarray(2.0, x.dtype), jnp.zeros((), jnp.int32)
-    state = _Dense(climb, length, rises, climb.peak.loss, jnp.ones((), bool))
+    window = Windows.first(plan.steps)
+    state = _Dense(climb, length, rises, climb.peak.loss, jnp.ones((), bool), window)
     stop = (lambda state: state.climb.found.fooled) if plan.early_exit else None
     return repeat(plan.steps, step, state, stop).climb.found
 
 
-def _checkpoint(state: _Dense, window: Array, rho: float) -> _Dense:
+def _checkpoint(state: _Dense, i: Array, rho: float) -> _Dense:
     """At the end of a window: halve the step and return to the peak where stuck."""
-    ends = window > 0
-    oscillates = state.rises <= rho * window
+    ends = i == state.window.end
+    oscillates = state.rises <= rho * state.window.length
     stalls = ~state.halved & (state.checked >= state.climb.peak.loss)
     halve = ends & (oscillates | stalls)
     return _Dense(
@@ -259,6 +275,7 @@ def _checkpoint(state: _Dense, window: Array, rho: float) -> _Dense:
         rises=jnp.where(ends, 0, state.rises),
         checked=jnp.where(ends, state.climb.peak.loss, state.checked),
         halved=jnp.where(ends, halve, state.halved),
+        window=state.window.next(i),
     )
 
 

@@ -1,7 +1,7 @@
 """Attacks that only query: SPSA and NES by scores, HopSkipJump and Boundary by labels.
 
 Every factory is given the number of queries that one example may cost, and stays
-within it.
+within it. SPSA and NES stop early; `attack.counted(..)` tells what they spent.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from certjax.attacks.losses import Goal, Loss, margin_loss, reached
 from certjax.attacks.minimal import Nearest
 from certjax.attacks.search import (
     at_random,
+    counting,
     guarded,
     judge,
     Judged,
@@ -111,13 +112,13 @@ class _Estimate(NamedTuple):
 def _estimated(plan: _Estimate, loss: Loss, goal: Goal) -> Attack:
     threat, steps = plan.threat, plan.steps
 
-    def attack(key: Key, f: Classifier, x: Array, label: Array) -> Array:
+    def counted(key: Key, f: Classifier, x: Array, label: Array) -> tuple[Array, Array]:
         at = judge(at_random(f, key), label, loss, goal)
         length = 2.5 / steps * radius(threat, x)
         length = length if plan.step_size is None else plan.step_size
 
-        def step(i: Array, state: tuple[Array, Judged]) -> tuple[Array, Judged]:
-            z, best = state
+        def step(i: Array, state: tuple[Array, Judged, Array]) -> tuple:
+            z, best, spent = state
             keys = jax.random.split(jax.random.fold_in(key, i), plan.samples)
 
             def slope(key: Key) -> Array:
@@ -127,13 +128,14 @@ def _estimated(plan: _Estimate, loss: Loss, goal: Goal) -> Attack:
 
             g = jnp.sum(jax.lax.map(slope, keys), axis=0)
             z = threat.project(x, z + length * threat.ascend(unit(g)))
-            return z, keep(best, at(z))
+            return z, keep(best, at(z)), spent + 2 * plan.samples + 1
 
         best = at(threat.project(x, x))
-        state = best.z, best
-        return repeat(steps, step, state, lambda state: state[1].fooled)[1].z
+        state = best.z, best, jnp.int32(1)
+        _, best, spent = repeat(steps, step, state, lambda state: state[1].fooled)
+        return best.z, spent
 
-    return guarded(attack)
+    return counting(counted)
 
 
 class _Decision(NamedTuple):

@@ -121,7 +121,7 @@ def _descend(
     adam: _Adam, norm: type, loss_at: Callable, x: Array, w: Array, best: Nearest
 ) -> _Descent:
     """Adam on `loss_at(z) -> (loss, _Look)` in tanh space, from w."""
-    every = max(adam.steps // CHECKS, 1)
+    every = jnp.maximum(adam.steps // CHECKS, 1)  # the steps may be traced
 
     def valued(w: Array) -> tuple[Array, tuple[Array, _Look]]:
         z = adam.out(w)

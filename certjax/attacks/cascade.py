@@ -131,7 +131,13 @@ def _examples(xs: Array, labels: Array, first: int | Array) -> _Examples:
             "xs is a batch [N, ...]"
         )
     numbers = first + np.arange(len(xs)) if isinstance(first, int) else first
-    return _Examples(xs, labels, np.asarray(numbers, np.int32))
+    numbers = np.asarray(numbers, np.int32)
+    if numbers.shape != labels.shape:
+        raise ValueError(
+            f"`first` is one number or one for each of {len(xs)} inputs, got shape "
+            f"{numbers.shape}"
+        )
+    return _Examples(xs, labels, numbers)
 
 
 class _Look(NamedTuple):

@@ -88,6 +88,26 @@ def guarded(attack: Attack) -> Attack:
     return run
 
 
+def counting(
+    counted: Callable[[Key, Classifier, Array, Array], tuple[Array, Array]],
+) -> Attack:
+    """The attack `counted(..)[0]`, with `attack.counted(..) -> (z, queries)` beside it.
+
+    queries: [] int32, the forward passes until the point was found, or all of them.
+    """
+    attack = guarded(lambda *arguments: counted(*arguments)[0])
+
+    def run(key: Key, f: Classifier, x: Array, label: Array) -> tuple[Array, Array]:
+        x = jax.lax.stop_gradient(checked_input(x))
+        if classes_of(f, x) < 2:
+            return x, jnp.int32(0)
+        z, queries = counted(key, _prepared(f, x), x, label)
+        return jax.lax.stop_gradient(z), queries
+
+    attack.counted = run  # ty: ignore[missing-attribute]
+    return attack
+
+
 def bare(attack: Attack) -> Attack:
     """The attack for inputs that a surrounding attack has prepared already."""
     return getattr(attack, "bare", attack)

@@ -18,7 +18,7 @@ from certjax.attacks.search import (
     at_random,
     check_counts,
     choose,
-    guarded,
+    counting,
     judge,
     Judged,
     keep,
@@ -53,11 +53,12 @@ def square(
 
     Returns:
       attack(key, f, x, label) -> z. Images are [H, W, C]; a flat input [D] is searched
-      with intervals in place of squares.
+      with intervals in place of squares. `attack.counted(..)` also returns the number
+      of queries that were made.
     """
     check_counts(queries=queries, restarts=restarts)
 
-    def attack(key: Key, f: Classifier, x: Array, label: Array) -> Array:
+    def counted(key: Key, f: Classifier, x: Array, label: Array) -> tuple[Array, Array]:
         moves = _moves(threat, x, queries, share)
 
         def at(z: Array, key: Key) -> Judged:
@@ -68,15 +69,29 @@ def square(
             new = at(moves.change(draw, best.z, i), draw)
             return choose(new.fooled | (new.loss > best.loss), new, best)
 
-        def restart(r: Array, best: Judged) -> Judged:
+        def restart(r: Array, state: _Spent) -> _Spent:
             own = jax.random.fold_in(key, r)
-            first = at(moves.start(own), own)
-            body = functools.partial(query, own)
-            return keep(best, repeat(queries - 1, body, first, _fooled))
+            first = _Spent(at(moves.start(own), own), jnp.int32(1))
+            again = lambda i, s: _Spent(query(own, i, s.best), s.queries + 1)
+            end = repeat(queries - 1, again, first, _fooled)
+            return _Spent(keep(state.best, end.best), state.queries + end.queries)
 
-        return repeat(restarts, restart, at(x, key), _fooled).z
+        clean = _Spent(at(x, key), jnp.int32(0))  # known before the attack
+        end = repeat(restarts, restart, clean, _fooled)
+        return end.best.z, end.queries
 
-    return guarded(attack)
+    return counting(counted)
+
+
+class _Spent(NamedTuple):
+    """The best point so far, and the forward passes that it took."""
+
+    best: Judged
+    queries: Array
+
+
+def _fooled(state: _Spent) -> Array:
+    return state.best.fooled
 
 
 def sides(queries: int, pixels: int, share: float, least: int) -> np.ndarray:
@@ -89,10 +104,6 @@ def sides(queries: int, pixels: int, share: float, least: int) -> np.ndarray:
 class _Moves(NamedTuple):
     start: Callable[[Key], Array]
     change: Callable[[Key, Array, Array], Array]
-
-
-def _fooled(best: Judged) -> Array:
-    return best.fooled
 
 
 def _as_image(x: Array) -> Array:
