@@ -113,7 +113,10 @@ def _illustrate(
     plan, task, folder = judged.plan, judged.task, judged.run.path
     by_index = {row["index"]: row for row in runs.read_lines(folder / judging.RECORDS)}
     rows = [by_index[int(i)] for i in task.examples.index]
-    found = attacking_results.numbers(rows, nearest=_nearest(plan))
+    threat, adversary = judging.adversary_of(plan)
+    found = attacking_results.numbers(
+        rows, nearest=adversary.result == "nearest", stages=adversary.stages(threat)
+    )
     found["warnings"] = attacking_results.warnings(rows, plan, task)
     found["robustness"] = attacking_results.robustness(
         rows, plan, task, points=settings.curve_points, examples=settings.curve_examples
@@ -127,10 +130,6 @@ def _illustrate(
         tracker.image(0, name, picture)
     tracker.table(0, attacking.KEPT, attacking_pictures.table(kept, rows))
     return found
-
-
-def _nearest(plan: Plan) -> bool:
-    return plan.attack.get("result") == "nearest"
 
 
 if __name__ == "__main__":

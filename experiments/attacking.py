@@ -51,6 +51,8 @@ KEPT = "adversarial"  # the folder of adversarial examples in a run
 # A point on the very boundary may fall on either side of it in another program; the
 # distances that are reported are those of a point that is still misclassified there.
 STRETCHES = (1.0, 1.00001, 1.0001, 1.001)
+# the attack of a smoothed network sees other draws of noise than those that vote
+SMOOTHED_STRETCHES = (1.0, 1.01, 1.02, 1.05, 1.1, 1.2, 1.5)
 
 
 def lanes() -> int:
@@ -109,6 +111,11 @@ class Adversary(NamedTuple):
     def weights(self) -> tuple[Weights, ...]:
         """The weights of the surrogates."""
         return tuple(network.weights for network in self.surrogates)
+
+    def stages(self, threat: Threat) -> tuple[str, ...]:
+        """The names of the attacks of a cascade; of other attacks none."""
+        made = self.make(threat=threat)
+        return tuple(each.name for each in made) if _stages(made) else ()
 
     def on_one_example(self, threat: Threat) -> bool:
         """Is it neither a cascade nor one perturbation for all?"""
@@ -231,8 +238,12 @@ def attack_method(
 
     def judge(weights: Weights, eps: float, key: Key, examples: Examples) -> Fields:
         began = time.monotonic()
+        # converted here once: inside a program the division may be contracted with
+        # what follows, and two programs would disagree on x in the last bit
+        xs = np.asarray(as_input(jnp.asarray(examples.images)))
+        examples = examples._replace(images=xs)
         zs, more = find(weights, eps, key, examples)
-        columns = examples.images, zs, examples.labels
+        columns = xs, zs, examples.labels
         zs, fields = in_lanes(functools.partial(look, weights, eps), *columns)
         fields = fields | more
         if keep is not None:
@@ -347,7 +358,7 @@ def _find_each(adversary: Adversary, threat: Threat, victim: Callable) -> Finder
     ) -> tuple[Array, dict[str, Array]]:
         around = dataclasses.replace(threat, eps=eps)
         one = functools.partial(_one, adversary, around, victim, key, weights, others)
-        return jax.vmap(one)(as_input(xs), labels, index)
+        return jax.vmap(one)(xs, labels, index)
 
     def find(weights: Weights, eps: float, key: Key, examples: Examples) -> tuple:
         every = _movable((weights, adversary.weights))
@@ -375,8 +386,8 @@ def _find_in_turn(adversary: Adversary, threat: Threat, victim: Callable) -> Fin
         around = dataclasses.replace(threat, eps=eps)
         stages = adversary.make(threat=around)
         run = attacks.cascade(stages, around, lanes=lanes())
-        xs = np.asarray(as_input(jnp.asarray(examples.images)))
-        found = run(key, function(weights), xs, examples.labels, first=examples.index)
+        rows = examples.images, examples.labels
+        found = run(key, function(weights), *rows, first=examples.index)
         names = np.array([*found.names, "clean", None], object)  # by: -2 and -1
         return found.z, {"broken_by": names[found.by], "round": found.round}
 
@@ -400,7 +411,7 @@ def _find_shared(
     def shifted(eps: Array, delta: Array, xs: Array) -> Array:
         around = dataclasses.replace(threat, eps=eps)
         move = lambda x: around.project(x, x + delta)
-        return jax.vmap(move)(as_input(xs))
+        return jax.vmap(move)(xs)
 
     known: dict[float, tuple[Weights, np.ndarray]] = {}
 
@@ -418,7 +429,8 @@ def _find_shared(
 def _look(model: Any, adversary: Adversary, threat: Threat) -> Callable:
     """`look(weights, eps, xs, zs, labels) -> (zs, fields)` of a lane, compiled."""
     norm = type(threat) if isinstance(threat, Linf | L2 | L1) else Linf
-    stretches = STRETCHES if adversary.result == "nearest" else (1.0,)
+    wider = SMOOTHED_STRETCHES if isinstance(model, Smoothed) else STRETCHES
+    stretches = wider if adversary.result == "nearest" else (1.0,)
 
     def one(weights: Weights, eps: Array, x: Array, z: Array, label: Array) -> tuple:
         around = dataclasses.replace(threat, eps=eps)
@@ -445,7 +457,7 @@ def _look(model: Any, adversary: Adversary, threat: Threat) -> Callable:
         weights: Weights, eps: Array, xs: Array, zs: Array, labels: Array
     ) -> tuple[Array, dict[str, Array]]:
         apart = functools.partial(one, weights, eps)
-        return jax.vmap(apart)(as_input(xs), zs, labels)
+        return jax.vmap(apart)(xs, zs, labels)
 
     return lambda weights, eps, *rows: look(_movable(weights), jnp.float32(eps), *rows)
 
@@ -498,7 +510,7 @@ class Keep(NamedTuple):
             with beside.open("wb") as file:
                 np.savez(
                     file,
-                    clean=np.asarray(as_input(jnp.asarray(examples.images[i]))),
+                    clean=examples.images[i],
                     adversarial=zs[i],
                     label=examples.labels[i],
                     becomes=fields["becomes"][i],

@@ -20,12 +20,15 @@ POINTS = 40  # of a curve that one run gives for all radii
 MASKED = 0.002  # share of examples; the limit of the reference implementation
 
 
-def numbers(rows: list[Record], *, nearest: bool) -> dict[str, Any]:
+def numbers(
+    rows: list[Record], *, nearest: bool, stages: tuple[str, ...]
+) -> dict[str, Any]:
     """What the records hold beyond accuracies.
 
     distance: quantiles over all examples for an attack that looks for the nearest
     point: 0 where the example itself is misclassified, infinite (None in the file)
-    where nothing was found.  broken_by: examples by attack.  queries, seconds: means.
+    where nothing was found.  broken_by: examples by attack, in the order of `stages`.
+    queries, seconds: means.
     """
     found: dict[str, Any] = {}
     if nearest:
@@ -34,9 +37,9 @@ def numbers(rows: list[Record], *, nearest: bool) -> dict[str, Any]:
         ranks = {n: np.quantile(away, q, method="lower") for n, q in quantiles.items()}
         found["distance"] = {name: float(value) for name, value in ranks.items()}
         found["distance"]["not_found"] = int(np.isinf(away).sum())
-    if "broken_by" in rows[0]:
-        broken = Counter(row["broken_by"] for row in rows if row["broken_by"])
-        found["broken_by"] = dict(broken)
+    if stages:
+        broken = Counter(row["broken_by"] for row in rows)
+        found["broken_by"] = {name: broken[name] for name in ("clean", *stages)}
     attacked = [row for row in rows if row["correct"]]
     for name in ("queries", "seconds"):
         if attacked and name in attacked[0]:

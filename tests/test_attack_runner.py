@@ -78,6 +78,7 @@ def test_what_a_record_says_is_true_of_the_point(trained):
     broken = [row for row in rows if row["correct"] and not row["robust"]]
     kept = sorted(int(file.stem) for file in (path / "adversarial").glob("*.npz"))
     assert kept == [row["index"] for row in broken]
+    assert not any(row["outside"] for row in rows)
     for row in broken:
         with np.load(path / "adversarial" / f"{row['index']}.npz") as file:
             x, z = file["clean"], file["adversarial"]
