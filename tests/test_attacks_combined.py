@@ -10,6 +10,8 @@ import pytest
 from certjax import attacks
 from certjax.attacks.apgd import Windows
 from certjax.attacks.geometry import into_l1_box, to_hyperplane
+from certjax.bounds import ibp
+from certjax.specification import margins
 from certjax.threat import Box, L1, L2, Linf
 
 
@@ -130,6 +132,35 @@ def test_the_strongest_is_as_strong_as_each():
         alone = margin(run(attack))
         assert (best >= alone - 1e-6).all() or ((best > 0) >= (alone > 0)).all()
         assert (broken >= (alone > 0)).all()
+
+
+LONGER = {
+    "pgd": lambda n: attacks.pgd(Linf(0.03), steps=n, step_size=0.01),
+    "fab": lambda n: attacks.fab(L2(0.1), steps=n),
+    "deepfool": lambda n: attacks.deepfool(L2(1.0), steps=n),
+    "square": lambda n: attacks.square(Linf(0.03), queries=4 * n),
+    "apgd restarts": lambda n: attacks.apgd(Linf(0.03), steps=3, restarts=n),
+    "fab restarts": lambda n: attacks.fab(Linf(0.03), steps=2, restarts=n),
+    "square restarts": lambda n: attacks.square(Linf(0.03), queries=5, restarts=n),
+}
+
+
+@pytest.mark.parametrize("name", LONGER)
+def test_more_steps_or_restarts_are_never_weaker(name):
+    broken = lambda n: np.argmax(jax.vmap(linear)(run(LONGER[name](n))), 1) != LABELS
+    assert (broken(4) >= broken(2)).all()
+
+
+@pytest.mark.parametrize("threat", [Linf(0.02), L2(0.05), L1(0.1)], ids=str)
+def test_no_attack_goes_below_the_certified_margin(threat):
+    """On a linear classifier interval bounds of the margins are exact in linf."""
+    margin = lambda x, y: margins(linear(x), y)
+    lower = jax.vmap(lambda x, y: ibp(lambda z: margin(z, y))(threat, x).lower.min())
+    certified = lower(XS, LABELS)
+    for attack in (attacks.fgsm(threat), attacks.apgd(threat, steps=10)):
+        zs = run(attack)
+        attacked = jax.vmap(lambda z, y: margin(z, y).min())(zs, LABELS)
+        assert (attacked >= certified - 1e-5).all()
 
 
 STAGES = (

@@ -82,6 +82,11 @@ def pgd(  # noqa: PLR0913
       attack(key, f, x, label) -> z, costing restarts * (steps + 1) + 1 forward and
       restarts * steps backward passes.
 
+    Deviations from the papers: the best visited point is returned, not the last; the
+    default step is 2.5 radii over `steps`; the gradient is that of the log odds, of the
+    same direction as cross-entropy's where that has not vanished; in l2 and l1 the
+    random start lies at a uniformly drawn distance, not uniformly in the ball.
+
     Source: Madry et al. 2018, arXiv:1706.06083; Dong et al. 2018, arXiv:1710.06081;
       Lin et al. 2020, arXiv:1908.06281; Tramer & Boneh 2019, arXiv:1904.13000.
     """

@@ -4,9 +4,11 @@
 [low, high], or x where none was found (and where x is misclassified already). The
 distance is the result: see `distances` and `robust_accuracy_curve`.
 
-Brendel & Bethge's attack is not here: each of its steps solves a small optimisation
-problem with data-dependent branches, which its authors run in numba on the host; that
-does not compile into one program.
+Brendel & Bethge's attack (arXiv:1907.01003) is not here: each of its steps solves a
+small optimisation problem with data-dependent branches, one example at a time, which
+its authors run in numba on the host; that does not compile into one program, under
+vmap each example would pay for the slowest. FMN follows the same boundary with one
+gradient a step.
 """
 
 import functools
@@ -125,6 +127,9 @@ def ddn(
       start_norm: the first norm, input units.
       goal: "targeted": `label` is the class to reach.
 
+    Deviations from the authors' code: pixels are not quantised; the norm grows twice as
+    fast until the first success; where the gradient vanishes, the direction is random.
+
     Source: Rony et al. 2019, arXiv:1811.09600, algorithm 1.
     """
     check_counts(steps=steps)
@@ -174,6 +179,10 @@ def fmn(
       gamma: relative change of the radius at first; at last a fiftieth of it.
       sparse: minimise l0 (changed coordinates) instead of the threat's norm.
       goal: "targeted": `label` is the class to reach.
+
+    Deviations from the published attack: until the first success the radius grows twice
+    as fast and the perturbation is stretched to it (see `_out_to`); where the gradient
+    vanishes, the step is random; there are no other starting points than x.
 
     Source: Pintor et al. 2021, arXiv:2102.12827, algorithm 1.
     """
