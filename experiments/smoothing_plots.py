@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from certjax.certificate import accuracy_interval, envelope, radius_curve
+from certjax.smoothing.confidence import round_down
 
 
 POINTS = 400
@@ -57,7 +58,7 @@ def _draw(axes: Any, entry: Entry, grid: np.ndarray, number: int) -> np.ndarray:
     color = COLORS[number % len(COLORS)]
     style = "-" if number < len(COLORS) else "--"
     axes.fill_between(grid, 100 * low, 100 * high, color=color, alpha=0.15, lw=0)
-    label = f"{_name(result)}, ACR {result['acr']:.3f}"
+    label = f"{_name(result)}, ACR {round_down(result['acr'])}"
     axes.plot(grid, 100 * shares, color=color, ls=style, lw=1.6, label=label)
     return shares
 
@@ -76,6 +77,4 @@ def _title(entries: list[Entry]) -> str:
     some = " or ".join(f"{count:,}" for count in counts)
     trials = sorted({r["n"] for r, _ in entries if r.get("n")})
     n = f", n = {' or '.join(f'{n:,}' for n in trials)}" if trials else ""
-    return (
-        f"{result['dataset']}, {some} test examples{n}; bands: 95 % for so few examples"
-    )
+    return f"{result['dataset']}, {some} test examples{n}; bands: 95 % intervals"
