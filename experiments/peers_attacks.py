@@ -320,7 +320,9 @@ def ensemble_contests(eps: float, queries: int) -> list[Contest]:
     from experiments import peers_torch as peers
 
     ball, full = Linf(eps), attacks.autoattack_stages(Linf(eps))
-    search = Stage("square", lambda set_, _: attacks.square(set_, queries=queries))
+    search = Stage(
+        "square", lambda set_, _: attacks.square(set_, queries=queries, horizon=queries)
+    )
     rival = {"norm": "Linf", "eps": eps}
     return [
         contest(

@@ -38,6 +38,7 @@ def square(
     queries: int = 5000,
     restarts: int = 1,
     share: float = 0.8,
+    horizon: int = 10_000,
     loss: Loss = margin_loss,
     goal: Goal = "untargeted",
 ) -> Attack:
@@ -48,6 +49,8 @@ def square(
       queries: forward passes of one restart.
       restarts: independent starts.
       share: of the pixels that the first squares cover.
+      horizon: number of queries over which the squares shrink; AutoAttack's 10,000
+        whatever the queries. With few queries, `horizon=queries` breaks more.
       loss: the score that is compared between queries.
       goal: "targeted": `label` is the class to reach.
 
@@ -56,10 +59,10 @@ def square(
       with intervals in place of squares. `attack.counted(..)` also returns the number
       of queries that were made.
     """
-    check_counts(queries=queries, restarts=restarts)
+    check_counts(queries=queries, restarts=restarts, horizon=horizon)
 
     def counted(key: Key, f: Classifier, x: Array, label: Array) -> tuple[Array, Array]:
-        moves = _moves(threat, x, queries, share)
+        moves = _moves(threat, x, _Schedule(queries, share, horizon))
 
         def at(z: Array, key: Key) -> Judged:
             return judge(at_random(f, key), label, loss, goal)(threat.project(x, z))
@@ -94,10 +97,17 @@ def _fooled(state: _Spent) -> Array:
     return state.best.fooled
 
 
-def sides(queries: int, pixels: int, share: float, least: int) -> np.ndarray:
+class _Schedule(NamedTuple):
+    queries: int
+    share: float
+    horizon: int
+
+
+def sides(plan: _Schedule, pixels: int, least: int) -> np.ndarray:
     """[queries - 1] int: the side of the square of each query after the first."""
-    halvings = np.searchsorted(HALVINGS, np.arange(queries - 1), side="left")
-    side = np.sqrt(share * pixels / 2.0**halvings)
+    made = np.arange(plan.queries - 1) * (10_000 / plan.horizon)
+    halvings = np.searchsorted(HALVINGS, made, side="left")
+    side = np.sqrt(plan.share * pixels / 2.0**halvings)
     return np.maximum(np.rint(side).astype(np.int32), least)
 
 
@@ -115,10 +125,10 @@ def _as_image(x: Array) -> Array:
     return x.reshape((x.shape[0], -1, x.shape[-1]))
 
 
-def _windows(x: Array, queries: int, share: float, least: int) -> tuple[Array, Array]:
+def _windows(x: Array, plan: _Schedule, least: int) -> tuple[Array, Array]:
     """[queries - 1] heights and widths; a square's area where the image is a line."""
     h, w, _ = _as_image(x).shape
-    side = sides(queries, h * w, share, least)
+    side = sides(plan, h * w, least)
     if min(h, w) == 1:
         side = side**2
     return jnp.asarray(np.minimum(side, h)), jnp.asarray(np.minimum(side, w))
@@ -144,17 +154,17 @@ def _signs(key: Key, shape: tuple) -> Array:
     return jax.random.rademacher(key, shape, jnp.float32)
 
 
-def _moves(threat: Threat, x: Array, queries: int, share: float) -> _Moves:
+def _moves(threat: Threat, x: Array, plan: _Schedule) -> _Moves:
     if isinstance(threat, L1 | L2):
-        return _smooth_moves(threat, x, queries, share)
-    return _corner_moves(threat, x, queries, share)
+        return _smooth_moves(threat, x, plan)
+    return _corner_moves(threat, x, plan)
 
 
-def _corner_moves(threat: Threat, x: Array, queries: int, share: float) -> _Moves:
+def _corner_moves(threat: Threat, x: Array, plan: _Schedule) -> _Moves:
     """Linf: every change jumps to a corner of the box, the same one per channel."""
     lower, upper = threat.box(x)
     shape = _as_image(x).shape
-    heights, widths = _windows(x, queries, share, 1)
+    heights, widths = _windows(x, plan, 1)
 
     def start(key: Key) -> Array:
         stripes = jnp.broadcast_to(_signs(key, (1, *shape[1:])), shape)
@@ -171,10 +181,10 @@ def _corner_moves(threat: Threat, x: Array, queries: int, share: float) -> _Move
     return _Moves(start, change)
 
 
-def _smooth_moves(threat: L1 | L2, x: Array, queries: int, share: float) -> _Moves:
+def _smooth_moves(threat: L1 | L2, x: Array, plan: _Schedule) -> _Moves:
     """L2 and l1: move mass between two windows, shaped as a pair of opposite bumps."""
     shape = _as_image(x).shape
-    heights, widths = _windows(x, queries, share, 3)
+    heights, widths = _windows(x, plan, 3)
     center, norm, eps = _as_image(x), type(threat), jnp.max(jnp.asarray(threat.eps))
 
     def spent(delta: Array) -> Array:
