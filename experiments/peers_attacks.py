@@ -347,7 +347,7 @@ def ensemble_contests(eps: float, queries: int) -> list[Contest]:
         ),
         # torchattacks takes 10 steps in APGD and FAB, where the reference takes 100
         contest(
-            "autoattack, 10 steps",
+            "brief autoattack, 10 steps",
             Linf,
             eps,
             {"certjax": compacted(short_stages(), ball)},
