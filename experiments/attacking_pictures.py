@@ -106,9 +106,10 @@ def _figure(width: float, height: float) -> Any:
 
 
 def heading(result: dict[str, Any]) -> str:
-    """The network, the attack and its radius in two lines."""
-    what = f"attacked by {result['attack']}, eps = {result['attack_eps']:.4g}"
-    return f"{title_of(result)}\n{what}: {result['robust']:.1f} % robust"
+    """The network, the attack, its norm and its radius in two lines."""
+    around = result["adversary"].partition(",")[0]  # e.g. L2 eps=0.5
+    what = f"attacked by {result['attack']}, {around}: {result['robust']:.1f} % robust"
+    return f"{title_of(result)}\n{what}"
 
 
 def examples(path: Path, kept: list[Kept], result: dict[str, Any]) -> None:

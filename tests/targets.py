@@ -73,4 +73,5 @@ def peers_target(folder: Path, peers: Path, mnist: Path, which: str) -> Path:
         }
     words = ("data=mnist", "model=dm_small", "data.mean=0.0", "data.std=1.0")
     words += (f"data.dir={mnist}", f"name=peers_{which}", "test_eps=0.3")
+    words += ("objective=pgd" if which == "adv" else "objective=natural",)
     return finished_run(folder, params, *words)
