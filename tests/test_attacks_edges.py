@@ -116,3 +116,46 @@ def test_square_searches_any_shape(shape, threat):
     z = jax.jit(lambda x: attack(KEY, f, x, jnp.argmax(f(x))))(x)
     assert np.isfinite(z).all()
     assert threat.contains(x, z)
+
+
+EVERY = [*WITHIN, *NEAREST]
+IMAGES_ONLY = ("patch", "rotation")
+QUICK = ("pgd", "apgd-linf", "fab-t-l2", "square-linf", "deepfool", "ddn", "cw")
+ON_VECTORS = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in EVERY
+    if name not in IMAGES_ONLY
+]
+
+
+def small(shape, classes):
+    weight = jax.random.normal(KEY, (int(np.prod(shape)), classes))
+    return lambda x: jnp.tanh(x.ravel() - 0.5) @ weight
+
+
+def holds(name, shape, classes):
+    make, threat = (WITHIN | NEAREST)[name]
+    f, x = small(shape, classes), jnp.full(shape, 0.4)
+    label = jnp.argmax(f(x))
+    z = jax.jit(lambda x, y: make(threat)(KEY, f, x, y))(x, label)
+    assert np.isfinite(z).all()
+    assert z.shape == shape
+    inside = threat.contains(x, z) if name in WITHIN else ((z >= 0) & (z <= 1)).all()
+    assert inside
+
+
+@pytest.mark.parametrize("name", ON_VECTORS)
+def test_a_flat_vector_and_a_thousand_classes(name):
+    holds(name, (3,), 1000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in EVERY if n != "patch"])
+def test_an_image_of_one_pixel(name):
+    holds(name, (1, 1, 1), 5)
+
+
+@pytest.mark.parametrize("name", IMAGES_ONLY)
+def test_attacks_on_images_refuse_vectors(name):
+    with pytest.raises(ValueError, match="image"):
+        holds(name, (3,), 5)
