@@ -114,8 +114,8 @@ def test_a_recipe_from_its_start_to_its_result(name, tmp_path):
     assert result["consistent"]
 
 
-def test_missing_data_are_told_in_one_line(tmp_path):
+def test_missing_data_are_named_with_their_files(tmp_path):
     config = composed("experiment=ctbench_sabr_mnist_0.1", f"data.dir={tmp_path}")
     with pytest.raises(data.DataError, match=r"mnist\.npz") as caught:
         train.work(config, Launch((), None))
-    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
