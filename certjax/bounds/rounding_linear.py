@@ -3,12 +3,13 @@
 The pass of `linear`, with a running error. Along the way back one invariant is kept,
 in exact arithmetic, for the values that a float program may give its nodes:
 
-    <rows, target>  >=  sum_node <coefficients[node], node> + constant - error
+    <rows, target>  >=  sum_node <coefficients[node], node - anchor> + value - error
 
-Every step charges `error` for the program's roundings in the equation, for the
-roundings of the coefficients it computes, and for those of the constant: each is at
-most some gamma times <|coefficients|, sizes>, where the sizes of the nodes come from
-the enclosures of `rounding`. float_soundness.md has the proof of each charge.
+Every step charges `error` for the program's roundings in the equation and in the
+anchors, for those of the coefficients it computes, and for those of the value: each is
+at most some gamma times <|coefficients|, sizes>, where the sizes of the nodes come from
+the enclosures of `rounding`. What is to be charged for the same coefficients is added
+up first. float_soundness.md has the proof of each charge.
 
 The lines around a nonlinear function take their slopes from `relax`, where any slope
 will do, and get an offset that is proved on a grid with a bound on the second
@@ -45,11 +46,13 @@ class Lines(NamedTuple):
     """Below and above a function of one operand.
 
     slopes, offsets: [1, *result], or one for each row.
+    homogeneous: (lower, upper) is the offset 0, up to roundings?
     """
 
     operand: int
     slopes: tuple[Array, Array]
     offsets: tuple[Array, Array]
+    homogeneous: tuple[bool, bool]
 
 
 class Problem(NamedTuple):
@@ -60,21 +63,25 @@ class Problem(NamedTuple):
     x: PyTree
     env: dict[Any, Any]
     lines: dict[int, Lines]
+    anchors: dict[Node, Array]
     positions: dict[Node, int]
     slope: Slope
     max_bytes: int
 
 
 class Rows(NamedTuple):
-    """`sum_node <coefficients[node], node> + constant - error`, for each of R rows.
+    """`sum_node <coefficients[node], node - anchor> + value - error`, for R rows.
 
     coefficients: node -> [R, *node], or `Patches` as in `linear`.
-    constant, error: [R], with patches [R, *grid or 1s].
+    value, error: [R], with patches [R, *grid or 1s].
+    charges: node -> [*node]: `<|coefficients[node]|, charges[node]>` is still to be
+      added to the error.
     """
 
-    coefficients: dict[Node, Any]
-    constant: Array
+    coefficients: dict[Any, Any]
+    value: Array
     error: Array
+    charges: dict[Any, Array]
 
 
 def sound_crown(
@@ -129,7 +136,9 @@ def _pose(
     graph = live(composite.fuse_activations(graph))
     env = dict(zip(graph.inputs, rounding.domain(threat, x), strict=True))
     positions = {o: i for i, e in enumerate(graph.equations) for o in e.outputs}
-    return Problem(graph, threat, x, env, {}, positions, slope, max_bytes), tree
+    anchors = {node: jnp.zeros_like(env[node].lower) for node in graph.inputs}
+    settings = (positions, slope, max_bytes)
+    return Problem(graph, threat, x, env, {}, anchors, *settings), tree
 
 
 def _solve(problem: Problem, refine: bool) -> None:
@@ -147,6 +156,43 @@ def _solve(problem: Problem, refine: bool) -> None:
             problem.lines[i] = _lines(equation, values, operand, share)
         outputs = rounding.sound_step(equation, values)
         problem.env.update(zip(equation.outputs, outputs, strict=True))
+        problem.anchors.update(_anchored(problem, i, values))
+
+
+def _anchored(problem: Problem, i: int, values: list) -> dict[Node, Array]:
+    """One value of each result, near to what the equation makes of the anchors.
+
+    An affine step then leaves the value of the rows there as it is, up to roundings. On
+    nonlinear results a homogeneous line goes through it; elsewhere it is 0.
+    """
+    equation = problem.graph.equations[i]
+    lines, outputs = problem.lines.get(i), equation.outputs
+    if lines is not None and any(lines.homogeneous):
+        slope = lines.slopes[lines.homogeneous.index(True)][0]
+        return {outputs[0]: slope * problem.anchors[equation.inputs[lines.operand]]}
+    if _stays_affine(equation, values, [problem.env[o] for o in outputs]):
+        bounded = _bounded(equation, values)
+        full = _fixed(values, bounded)
+        for j, on in enumerate(bounded):
+            full[j] = problem.anchors[equation.inputs[j]] if on else full[j]
+        return dict(zip(outputs, equation.bind(*full), strict=True))
+    floats = [o for o in outputs if rounding.is_float(o.aval.dtype)]
+    return {o: jnp.zeros(o.aval.shape, o.aval.dtype) for o in floats}
+
+
+def _stays_affine(equation: Equation, values: list, results: list) -> bool:
+    """Is it pulled back through its adjoint?"""
+    return is_affine(equation, _bounded(equation, values)) and not isinstance(
+        results[0], Thin
+    )
+
+
+def _fixed(values: list, bounded: list[bool]) -> list:
+    """The operands; those that the program computes from constants at their centre."""
+    return [
+        rounding.ball(v)[0] if isinstance(v, Interval) and not on else v
+        for v, on in zip(values, bounded, strict=True)
+    ]
 
 
 def _output(
@@ -211,7 +257,7 @@ def _lines(
       shares: [R, *result], or one for all rows that broadcasts there, or None.
     """
     x = values[operand]
-    sides = _slopes(equation, values, shares)
+    sides, homogeneous = _slopes(equation, values, shares)
     grid = _grid(equation, values, operand)
 
     def evaluate(point: Array) -> Interval:
@@ -232,26 +278,30 @@ def _lines(
     def above(slope: Array) -> Array:
         return (high - slope[None] * grid).max(0) + slack + rounded(slope)
 
-    return Lines(operand, sides, (jax.vmap(below)(sides[0]), jax.vmap(above)(sides[1])))
+    offsets = jax.vmap(below)(sides[0]), jax.vmap(above)(sides[1])
+    return Lines(operand, sides, offsets, homogeneous)
 
 
 def _slopes(
     equation: Equation, values: list, shares: Array | None
-) -> tuple[Array, Array]:
-    """[R or 1, *result] each: of the lower and of the upper line."""
+) -> tuple[tuple[Array, Array], tuple[bool, bool]]:
+    """[R or 1, *result] each: of the lower and the upper line; which go through 0."""
     output = equation.outputs[0].aval
+    flags: list[bool] = []
 
     def slopes(share: Array | None) -> tuple[Array, ...]:
-        found = [side.slopes[0] for side in relax(equation, values, share)]
+        sides = relax(equation, values, share)
+        flags[:] = [side.homogeneous for side in sides]
+        found = [side.slopes[0] for side in sides]
         return tuple(
             jnp.broadcast_to(s, output.shape).astype(output.dtype) for s in found
         )
 
     if shares is None or shares.ndim <= len(output.shape):
         low, high = slopes(shares)
-        return low[None], high[None]
+        return (low[None], high[None]), (flags[0], flags[1])
     low, high = jax.vmap(slopes)(shares)
-    return low, high
+    return (low, high), (False, False)  # the anchor lies on the default line
 
 
 def _grid(equation: Equation, values: list, operand: int) -> Array:
@@ -342,10 +392,8 @@ def _pull_back(
     problem: Problem, target: Node, rows: Any, shares: dict[int, Array]
 ) -> Rows:
     """Linear functions of the input nodes below `<rows, target>`."""
-    values = rows.values if isinstance(rows, Patches) else rows
-    shape = (len(values), *(1 for _ in rows.window.grid)) if values is not rows else ()
-    zeros = jnp.zeros(shape or len(values), values.dtype)
-    state = Rows({target: rows}, zeros, zeros)
+    value = _contract(rows, problem.anchors[target])  # one product a row: exact
+    state = Rows({target: rows}, value, jnp.zeros_like(value), {})
     for i in range(problem.positions.get(target, -1), -1, -1):
         equation = problem.graph.equations[i]
         if any(o in state.coefficients for o in equation.outputs):
@@ -360,65 +408,117 @@ def _step(problem: Problem, state: Rows, i: int, share: Array | None) -> Rows:
     pulled = _pull(problem, i, taken, share)
     if pulled is None:
         return _step(problem, _spread(state), i, share)
-    kept = {n: c for n, c in state.coefficients.items() if n not in equation.outputs}
-    state = _add(problem, state._replace(coefficients=kept), equation, pulled)
+    state = _charged(problem, i, state, pulled)
+    state = _add(problem, state, equation, pulled)
     found = state.coefficients.values()
     wide = any(isinstance(c, Patches) and c.window.covers() for c in found)
     return _spread(state) if wide else state
 
 
+def _charged(problem: Problem, i: int, state: Rows, pulled: Rows) -> Rows:
+    """The rows without equation i's results; what these are charged is paid.
+
+    An equation that hands its coefficients on hands on the charges as well.
+    """
+    equation, error = problem.graph.equations[i], state.error
+    rows, charges = dict(state.coefficients), dict(state.charges)
+    heir = _heir(equation, pulled)
+    for k, node in enumerate(equation.outputs):
+        taken = rows.pop(node, None)
+        due = [
+            v for v in (charges.pop(node, None), pulled.charges.get(k)) if v is not None
+        ]
+        if taken is None or not due:
+            continue
+        if heir is None or heir in rows:
+            error = error + _charge(taken, sum(due[1:], due[0]), 1.0)
+        else:
+            charges[heir] = sum(due[1:], due[0]).reshape(heir.aval.shape)
+    return state._replace(coefficients=rows, error=error, charges=charges)
+
+
+PASSED_ON = {
+    p.add_p,
+    p.sub_p,
+    p.neg_p,
+    p.reshape_p,
+    p.squeeze_p,
+    p.broadcast_in_dim_p,
+    p.copy_p,
+    p.stop_gradient_p,
+}
+
+
+def _heir(equation: Equation, pulled: Rows) -> Node | None:
+    """The operand whose coefficients are those of the result, up to signs."""
+    if equation.primitive not in PASSED_ON or len(pulled.coefficients) != 1:
+        return None
+    (i,) = pulled.coefficients
+    node = equation.inputs[i]
+    return node if node.aval.size == equation.outputs[0].aval.size else None
+
+
 def _spread(state: Rows) -> Rows:
     """The rows with every patch written out as an image."""
-    if state.constant.ndim < 2:
-        return state
     local = [c for c in state.coefficients.values() if isinstance(c, Patches)]
-    grid = local[0].window.grid if local else state.constant.shape[1:]
-    shape = (len(state.constant), *grid)
+    grid = local[0].window.grid if local else state.value.shape[1:]
+
+    def flat(sums: Array) -> Array:
+        if sums.ndim < 2:
+            return sums
+        return jnp.broadcast_to(sums, (len(sums), *grid)).ravel()
+
     dense = {n: patches.images(c) for n, c in state.coefficients.items()}
-    sums = [jnp.broadcast_to(v, shape).ravel() for v in (state.constant, state.error)]
-    return Rows(dense, *sums)
+    return Rows(dense, flat(state.value), flat(state.error), state.charges)
 
 
 def _pull(problem: Problem, i: int, taken: list, share: Array | None) -> Rows | None:
     """Through lines, through the adjoint, or to the enclosure.
 
     Returns:
-      rows in the positions of equation i's operands, and what they add; None: there is
-      no such step in patches.
+      rows in the positions of equation i's operands, what they add, and the charges of
+      its results by their positions; None: there is no such step in patches.
     """
     equation = problem.graph.equations[i]
     values = [read(problem.env, atom) for atom in equation.inputs]
-    thin = isinstance(problem.env[equation.outputs[0]], Thin)
-    bounded = _bounded(equation, values)
-    if i in problem.lines and not thin:
+    results = [problem.env[o] for o in equation.outputs]
+    if i in problem.lines and not isinstance(results[0], Thin):
         lines = problem.lines[i]
         if share is not None:
             lines = _lines(equation, values, lines.operand, share)
-        return _through_lines(lines, values, taken[0])
-    if is_affine(equation, bounded) and not thin:
-        return _through_adjoint(equation, values, bounded, taken)
-    return _to_constants([problem.env[o] for o in equation.outputs], taken)
+        return _through_lines(problem, i, lines, taken[0])
+    if _stays_affine(equation, values, results):
+        return _through_adjoint(problem, equation, values, taken)
+    return _to_constants(results, taken)
 
 
 def _add(problem: Problem, state: Rows, equation: Equation, pulled: Rows) -> Rows:
     """The parts join what is known of the operands; each sum is rounded once."""
-    sums, error = dict(state.coefficients), state.error + pulled.error
-    unit = rounding.format_of(state.constant.dtype).unit
+    sums, charges = dict(state.coefficients), dict(state.charges)
+    error = state.error + pulled.error
+    unit = rounding.format_of(state.value.dtype).unit
     for i, part in pulled.coefficients.items():
         node = equation.inputs[i]
         known = sums.get(node)
         if known is not None:
-            size = rounding.magnitude(problem.env[node])
-            both = _contract(_map(jnp.abs, known), size)
-            both = both + _contract(_map(jnp.abs, part), size)
-            error = error + 4 * unit * both
+            size = _reach(problem, node)
+            due = charges.pop(node, jnp.zeros_like(size)) + 4 * unit * size
+            error = error + _charge(known, due, 1.0)
+            error = error + _charge(part, 4 * unit * size, 1.0)
             part = patches.plus(known, part)  # noqa: PLW2901
         if part is None:  # windows that do not line up
             return _add(problem, _spread(state), equation, _spread(pulled))
         sums[node] = part
-    total = state.constant + pulled.constant
+    total = state.value + pulled.value
     error = (error + 4 * unit * jnp.abs(total)) * (1 + 8 * unit)
-    return Rows(sums, total, error)
+    return Rows(sums, total, error, charges)
+
+
+def _reach(problem: Problem, node: Node) -> Array:
+    """At least |z - anchor| for every value z of a node."""
+    unit = rounding.format_of(node.aval.dtype).unit
+    size = rounding.magnitude(problem.env[node]) + jnp.abs(problem.anchors[node])
+    return size * (1 + 2 * unit)
 
 
 def _bounded(equation: Equation, values: list) -> list[bool]:
@@ -456,55 +556,70 @@ def _charge(rows: Any, sizes: Array, per: float) -> Array:
     """At least `per <|row|, sizes>`, and what is flushed to zero on the way."""
     dtype = rows.values.dtype if isinstance(rows, Patches) else rows.dtype
     unit, tiny, _ = rounding.format_of(dtype)
-    _, inverse = rounding.growth(sizes.size, unit)
+    _, inverse = rounding.growth(sizes.size + 8, unit)
+    sizes = sizes + tiny
     total = _contract(_map(jnp.abs, rows), sizes)
     total = total + 8 * tiny * (sizes.size + jnp.sum(sizes))
     return per * total * (1 + inverse) * (1 + 8 * unit)
 
 
-def _through_lines(lines: Lines, values: list, rows: Any) -> Rows:
+def _through_lines(problem: Problem, i: int, lines: Lines, rows: Any) -> Rows:
     """Positive coefficients go through the lower line, negative ones the upper."""
-    positive = _map(lambda c: jnp.maximum(c, 0.0), rows)
-    negative = _map(lambda c: jnp.minimum(c, 0.0), rows)
+    equation = problem.graph.equations[i]
+    node = equation.inputs[lines.operand]
+    before, after = problem.anchors[node], problem.anchors[equation.outputs[0]]
+    ends = [_map(partial(cut, 0.0), rows) for cut in (jnp.maximum, jnp.minimum)]
     if isinstance(rows, Patches):
         low, high = (patches.unfold(s[0], rows.window)[None] for s in lines.slopes)
-        part = rows._replace(values=positive.values * low + negative.values * high)
+        part = rows._replace(values=ends[0].values * low + ends[1].values * high)
     else:
-        part = positive * lines.slopes[0] + negative * lines.slopes[1]
-    constant = _weigh(positive, lines.offsets[0]) + _weigh(negative, lines.offsets[1])
+        part = ends[0] * lines.slopes[0] + ends[1] * lines.slopes[1]
     steepest, farthest = (
         jnp.maximum(*(jnp.abs(v).max(0) for v in pair))
         for pair in (lines.slopes, lines.offsets)
     )
-    sizes = steepest * rounding.magnitude(values[lines.operand]) + farthest
-    unit = rounding.format_of(constant.dtype).unit
-    gamma, _ = rounding.growth(sizes.size + 8, unit)
-    return Rows({lines.operand: part}, constant, _charge(rows, sizes, gamma))
+    sizes = steepest * _reach(problem, node) + farthest + jnp.abs(after)
+    gamma, _ = rounding.growth(sizes.size + 16, rounding.format_of(sizes.dtype).unit)
+    distances = [
+        slope * before[None] + offset - after[None]
+        for slope, offset in zip(lines.slopes, lines.offsets, strict=True)
+    ]
+    charge, value = gamma * sizes, jnp.zeros((), sizes.dtype)
+    for k, (end, distance) in enumerate(zip(ends, distances, strict=True)):
+        if lines.homogeneous[k]:
+            charge = charge + jnp.abs(distance[0])
+        elif len(distance) == 1:
+            # max(r, 0) = (r + |r|) / 2 and min(r, 0) = (r - |r|) / 2: one pass over
+            # the magnitudes pays for this and for the error
+            value = value + _contract(rows, distance[0] / 2)
+            charge = charge + (-0.5, 0.5)[k] * distance[0]
+        else:
+            value = value + _weigh(end, distance)
+    charge = jnp.maximum(charge, 0.0)
+    return Rows({lines.operand: part}, value, jnp.zeros_like(value), {0: charge})
 
 
 def _to_constants(outputs: list, taken: list) -> Rows:
-    """The ends of the enclosures: always true."""
-    constant, error = jnp.zeros(()), jnp.zeros(())
-    for rows, x in zip(taken, outputs, strict=True):
+    """The ends of the enclosures: always true; the anchors are 0."""
+    value, charges = jnp.zeros(()), {}
+    for k, (rows, x) in enumerate(zip(taken, outputs, strict=True)):
         if rows is None:
             continue
         ends = [_map(partial(cut, 0.0), rows) for cut in (jnp.maximum, jnp.minimum)]
-        constant = constant + sum(map(_contract, ends, x))
-        unit = rounding.format_of(constant.dtype).unit
+        value = value + sum(map(_contract, ends, x))
+        unit = rounding.format_of(value.dtype).unit
         gamma, _ = rounding.growth(x.lower.size + 8, unit)
-        error = error + _charge(rows, rounding.magnitude(x), gamma)
-    return Rows({}, constant, error)
+        charges[k] = gamma * rounding.magnitude(x)
+    return Rows({}, value, jnp.zeros_like(value), charges)
 
 
 def _through_adjoint(
-    equation: Equation, values: list, bounded: list[bool], taken: list
+    problem: Problem, equation: Equation, values: list, taken: list
 ) -> Rows | None:
-    """Coefficients by the adjoint of the equation, its value at 0, and their errors."""
+    """Coefficients by the adjoint of the equation; the value stays as it is."""
+    bounded = _bounded(equation, values)
     chosen = [i for i, on in enumerate(bounded) if on]
-    fixed = [
-        rounding.ball(v)[0] if isinstance(v, Interval) and not on else v
-        for v, on in zip(values, bounded, strict=True)
-    ]
+    fixed = _fixed(values, bounded)
 
     def apply(*args: Array) -> list[Array]:
         full = list(fixed)
@@ -515,7 +630,7 @@ def _through_adjoint(
     at_zero, pull = jax.vjp(apply, *(jnp.zeros_like(values[i].lower) for i in chosen))
     given = next(c for c in taken if c is not None)
     if isinstance(given, Patches):
-        rows, parts = [given], patches.pull_affine(equation, fixed, given)
+        parts = patches.pull_affine(equation, fixed, given)
     else:
         rows = [
             jnp.zeros((len(given), *v.shape), v.dtype) if c is None else c
@@ -524,12 +639,8 @@ def _through_adjoint(
         parts = dict(zip(chosen, jax.vmap(pull)(rows), strict=True))
     if parts is None:
         return None
-    has_constant = equation.primitive not in MULTIPLIES and not all(bounded)
-    constant = jnp.zeros((), at_zero[0].dtype)
-    if has_constant:
-        constant = sum(map(_contract, rows, at_zero), constant)
-    error = _adjoint_error(equation, values, chosen, rows, has_constant)
-    return Rows(parts, constant, error)
+    charges, underflow = _adjoint_charges(problem, equation, values, chosen)
+    return Rows(parts, jnp.zeros_like(underflow), underflow, charges)
 
 
 MULTIPLIES = {*BILINEAR, p.div_p}
@@ -544,45 +655,42 @@ ARITHMETIC = {
 }
 
 
-def _adjoint_error(
-    equation: Equation,
-    values: list,
-    chosen: list[int],
-    rows: list,
-    has_constant: bool,
-) -> Array:
-    """What the program, the coefficients and the constant may be off.
+def _adjoint_charges(
+    problem: Problem, equation: Equation, values: list, chosen: list[int]
+) -> tuple[dict[int, Array], Array]:
+    """What the program, the anchors and the coefficients may be off, and underflow.
 
-    All three are bounded by |equation|(sizes of the operands): its roundings forwards,
-    backwards, and those of the scalar product with the value at 0. A factor that the
+    All are bounded by |equation|(sizes of the operands and their anchors): its
+    roundings forwards, at z and at the anchors, and backwards. A factor that the
     program computes is replaced by its centre; its radius is charged.
     """
     dtype = equation.outputs[0].aval.dtype
-    error = jnp.zeros((), dtype)
     arithmetic = equation.primitive in ARITHMETIC
     forwards = rounding.roundings(equation) if arithmetic else 0
     backwards = _back_roundings(equation, values, chosen)
-    if not (forwards or backwards or has_constant):
-        return error
-    sizes = [_size(v) for v in values]
+    if not (forwards or backwards):
+        return {}, jnp.zeros((), dtype)
+    sizes = [
+        _reach(problem, equation.inputs[i]) if i in chosen else _size(v)
+        for i, v in enumerate(values)
+    ]
     factors = rounding.factor_error(equation)
+    unit = max(
+        rounding.format_of(v.aval.dtype).unit
+        for v in (*equation.inputs, *equation.outputs)
+        if rounding.is_float(v.aval.dtype)
+    )
+    gamma, inverse = rounding.growth(forwards + 2, unit, factors)
+    back, _ = rounding.growth(backwards + 2, unit, factors)
+    per = (2 * gamma + back) * (1 + inverse) * (1 + 8 * unit)
     moved = rounding.absolute_step(equation, sizes)
+    charges = {k: per * size for k, size in enumerate(moved)}
     radii = _thin_radii(equation, values, sizes)
-    for k, (row, size) in enumerate(zip(rows, moved, strict=True)):
-        unit = max(
-            rounding.format_of(v.aval.dtype).unit
-            for v in (*equation.inputs, *equation.outputs)
-            if rounding.is_float(v.aval.dtype)
-        )
-        gamma, inverse = rounding.growth(forwards + 2, unit, factors)
-        back, _ = rounding.growth(backwards + 2, unit, factors)
-        scalar, _ = rounding.growth(size.size if has_constant else 0, unit)
-        error = error + _charge(row, size, (gamma + back + scalar) * (1 + inverse))
-        if k == 0 and radii is not None:
-            error = error + _charge(row, radii, 1 + 2 * inverse)
-    underflow = sum(jnp.sum(sizes[i]) for i in chosen)
+    if radii is not None:
+        charges[0] = charges[0] + (1 + 2 * inverse) * (1 + 8 * unit) * radii
     tiny = rounding.format_of(dtype).tiny
-    return error + 16 * (backwards + 2) * tiny * (1 + underflow)
+    flushed = sum(jnp.sum(sizes[i]) for i in chosen)
+    return charges, 16 * (backwards + 2) * tiny * (1 + flushed)
 
 
 def _size(value: Any) -> Any:
@@ -632,7 +740,7 @@ def _close(problem: Problem, rows: Rows) -> Array:
     if len(problem.graph.inputs) > 1 or not rows.coefficients:
         rows = _spread(rows)
     leaves = jax.tree.leaves(problem.x)
-    dtype, error = rows.constant.dtype, rows.error
+    dtype, error = rows.value.dtype, rows.error
     unit, _, largest = rounding.format_of(dtype)
     eps = getattr(problem.threat, "eps", 0.0)
     for node, leaf in zip(problem.graph.inputs, leaves, strict=True):
@@ -640,10 +748,11 @@ def _close(problem: Problem, rows: Rows) -> Array:
             size = rounding.magnitude(problem.env[node])
             size = jnp.maximum(size, jnp.abs(leaf) + jnp.abs(eps))
             gamma, _ = rounding.growth(2 * leaf.size + 32, unit)
-            error = error + _charge(rows.coefficients[node], size, 2 * gamma)
+            due = 2 * gamma * size + rows.charges.get(node, jnp.zeros_like(size))
+            error = error + _charge(rows.coefficients[node], due, 1.0)
     least = _least(problem, rows)
-    total = least + rows.constant
-    size = jnp.abs(least) + jnp.abs(rows.constant) + error
+    total = least + rows.value
+    size = jnp.abs(least) + jnp.abs(rows.value) + error
     lower = total - error * (1 + 16 * unit) - 8 * unit * size
     # overflow on the way, in the program or here: then nothing is known
     return jnp.where(size < largest / 2**10, lower, -jnp.inf)
@@ -657,7 +766,7 @@ def _least(problem: Problem, rows: Rows) -> Array:
     if isinstance(found[0], Patches):
         return patches.minimum(threat, leaves[0], found[0])
     filled = [
-        jnp.zeros((len(rows.constant), *jnp.shape(leaf)), rows.constant.dtype)
+        jnp.zeros((len(rows.value), *jnp.shape(leaf)), rows.value.dtype)
         if c is None
         else c
         for c, leaf in zip(found, leaves, strict=True)
