@@ -65,7 +65,11 @@ class Method(NamedTuple):
 
 
 def as_input(images: Array) -> Array:
-    """uint8 to float32 in [0, 1]; floats are taken as they are."""
+    """uint8 to float32 in [0, 1]; floats are taken as they are.
+
+    Call it outside of a compiled program: inside, the division may be contracted with
+    what follows, and two programs would disagree about x by one rounding.
+    """
     if images.dtype == jnp.uint8:
         return images.astype(jnp.float32) / 255.0
     return images
@@ -94,12 +98,15 @@ def certify_method(model: nn.Module, bounds: Bounds, threat: Threat) -> Method:
         return {"certified": judged.verified, "margin": judged.margin, "nan": nan}
 
     @jax.jit
+    def judged(weights: Weights, eps: Array, xs: Array, labels: Array) -> dict:
+        f = classifier(model, *weights)
+        return jax.vmap(lambda x, label: one(f, eps, x, label))(xs, labels)
+
     def judge(
         weights: Weights, eps: Array, keys: Key, xs: Array, labels: Array
     ) -> dict:
         del keys
-        f = classifier(model, *weights)
-        return jax.vmap(lambda x, label: one(f, eps, as_input(x), label))(xs, labels)
+        return judged(weights, eps, as_input(xs), labels)
 
     return Method(judge, threat.eps, {"certified": False, "margin": math.nan})
 
@@ -123,13 +130,13 @@ def predictions(
 
     @jax.jit
     def predict(weights: Weights, xs: Array) -> tuple[Array, Array]:
-        logits = jax.vmap(classifier(model, *weights))(as_input(xs))
+        logits = jax.vmap(classifier(model, *weights))(xs)
         return jnp.argmax(logits, axis=-1), jnp.any(jnp.isnan(logits), axis=-1)
 
     parts = []
     for start in range(0, len(images), batch):
         rows = images[start : start + batch]
-        found = predict(weights, devices.spread(padded(rows, batch)))
+        found = predict(weights, as_input(devices.spread(padded(rows, batch))))
         parts.append([np.asarray(part)[: len(rows)] for part in found])
     columns = zip(*parts, strict=True)
     return tuple(np.concatenate(column) for column in columns)  # type: ignore[return-value]

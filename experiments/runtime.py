@@ -111,8 +111,8 @@ def keep_freed_memory() -> bool:
     to the kernel, and the next call pays a page fault for every 4 kB again. Keeping
     them took interval bounds of a four-convolution network at batch 128 from 19,600
     page faults and 118 ms of CPU time a call to 100 faults and 67 ms (its plain forward
-    pass from 46 to 29 ms). One arena for all threads, because the arenas of threads hold
-    at most 64 MB and map what is larger: CROWN of a small network at batch 16 went from
+    pass from 46 to 29 ms). One arena for all threads, because a thread's own holds at
+    most 64 MB and maps what is larger: CROWN of a small network at batch 16 went from
     73,000 faults and 323 ms to none and 220 ms. The price: memory once used stays with
     the process, whose peak grew from 0.5 to 0.8 GB.
 

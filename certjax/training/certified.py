@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeAlias
 
-import jax
 import jax.numpy as jnp
 
 from certjax import bounds
@@ -87,7 +86,7 @@ def crown_ibp_fused(
     def objective(key: Key, f: Classifier, x: Array, label: Array) -> Terms:  # noqa: ARG001
         rows = lambda z: margins(f(z), label)
         margin, layers = bounds.ibp_with_layers(rows)(threat, x)
-        fused = _fused(rows, threat, x)
+        fused = bounds.fused_cross_entropy(f, label)(threat, x)
         robust = beta * fused + (1 - beta) * robust_cross_entropy(margin.lower)
         verified = jnp.all(margin.lower > 0)
         metrics = {"robust": robust, "fused": fused, "verified": verified}
@@ -95,25 +94,6 @@ def crown_ibp_fused(
         return Terms(loss, metrics, layers, threat.box(x))
 
     return objective
-
-
-def _fused(rows: Classifier, threat: Threat, x: Array) -> Array:
-    """Upper bound of log(1 + sum exp(-row)): chords of exp, then one linear row.
-
-    Never above the loss of IBP. The chords are written out, in the margins, because
-    their gradient must stay finite while the bounds of an untrained network are huge.
-    """
-    margin = bounds.ibp(rows)(threat, x)
-    low, high = -margin.upper, -margin.lower
-    shift = jax.lax.stop_gradient(jnp.maximum(jnp.max(high), 0.0))
-    at_low, at_high = jnp.exp(low - shift), jnp.exp(high - shift)
-    wide = high - low > 1e-6
-    slope = (at_high - at_low) / jnp.where(wide, high - low, 1.0)
-    slope = jnp.where(wide, slope, at_high)
-    linear = bounds.crown(lambda z: -jnp.sum(slope * rows(z)), "ibp")(threat, x)
-    chords = jnp.sum(at_low - slope * low) + linear.upper
-    total = jnp.minimum(chords, jnp.sum(at_high))
-    return shift + jnp.log(jnp.exp(-shift) + jnp.maximum(total, 0.0))
 
 
 # ------------------------------------------------------------------------ small boxes
