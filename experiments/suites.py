@@ -1,6 +1,7 @@
 """What the benchmark measures: groups of cases around one reference each."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -66,7 +67,9 @@ def network(name: str, batch: int, shape: tuple[int, ...] = MNIST) -> Network:
 
 
 def bounds_suite() -> list[Group]:
-    """Interval bounds beside the forward pass, IBP training beside plain training."""
+    """Intervals beside the forward pass, IBP training beside plain; linear bounds."""
+    from experiments import suites_linear  # which imports this module
+
     return [
         *(
             forward_group(*case)
@@ -84,6 +87,7 @@ def bounds_suite() -> list[Group]:
                 ("cnn7_bn", 32, CIFAR),
             )
         ),
+        *suites_linear.linear_groups(),
     ]
 
 
@@ -94,16 +98,18 @@ def forward_group(name: str, batch: int, shape: tuple[int, ...] = MNIST) -> Grou
     def forward(variables: PyTree, xs: Array) -> Array:
         return jax.vmap(net.f(variables))(xs)
 
-    def ibp(variables: PyTree, xs: Array) -> bounds.Interval:
-        bound = bounds.ibp(net.f(variables))
+    def ibp(variables: PyTree, xs: Array, *, sound: bool = False) -> bounds.Interval:
+        bound = bounds.ibp(net.f(variables), sound=sound)
         return jax.vmap(lambda x: bound(Linf(0.01), x))(xs)
 
+    sound = partial(ibp, sound=True)
     arguments = (net.variables, net.xs)
     return Group(
         f"{name} batch {batch}",
         [
             Case("forward", forward, arguments),
             Case("ibp", ibp, arguments, work=2.0, target=1.3),
+            Case("ibp, sound=True", sound, arguments, target=2.0, parts=((1, 1.0),)),
         ],
     )
 
