@@ -14,6 +14,25 @@ from jax import lax
 
 from certjax.loops import loopable
 from certjax.types import Array
+from certjax.walk import Equation, primitives
+
+
+def function_of(
+    equation: Equation, values: list, chosen: list[int]
+) -> Callable[..., list[Array]]:
+    """An equation as a function of the chosen operands, the others at their values."""
+
+    def apply(*args: Array) -> list[Array]:
+        if equation.primitive is primitives.conv_general_dilated_p and chosen == [0]:
+            padding = equation.params["padding"]
+            shape = args[0].shape
+            return [convolution(equation.params, values[1], shape, padding)(*args)]
+        full = list(values)
+        for i, arg in zip(chosen, args, strict=True):
+            full[i] = arg
+        return equation.bind(*full)
+
+    return apply
 
 
 def convolution(

@@ -22,7 +22,7 @@ import numpy as np
 
 from certjax.bounds import patches, slopes
 from certjax.bounds.chunks import in_chunks, rows_that_fit
-from certjax.bounds.convolution import convolution
+from certjax.bounds.convolution import function_of
 from certjax.bounds.forward import by_forward
 from certjax.bounds.interval import ibp
 from certjax.bounds.patches import Patches, Window
@@ -47,7 +47,7 @@ from certjax.bounds.relax import is_float, operands, relax, Relaxation
 from certjax.bounds.rounding_linear import sound_crown
 from certjax.threat import Threat
 from certjax.types import Array, Interval, PyTree
-from certjax.walk import Equation, Node, primitives as p, read
+from certjax.walk import Equation, Node, read
 
 
 Bound = Callable[[Threat, PyTree], Interval]
@@ -279,19 +279,8 @@ def _pull_affine(
 ) -> dict[int, Array]:
     """Coefficients of the operands: the value at the anchors stays as it is."""
     chosen = operands(values)
-
-    def apply(*args: Array) -> list[Array]:
-        if equation.primitive is p.conv_general_dilated_p and chosen == [0]:
-            padding = equation.params["padding"]
-            shape = args[0].shape
-            return [convolution(equation.params, values[1], shape, padding)(*args)]
-        full = list(values)
-        for i, arg in zip(chosen, args, strict=True):
-            full[i] = arg
-        return equation.bind(*full)
-
     zeros = [jnp.zeros_like(values[i].lower) for i in chosen]
-    outputs, pull = jax.vjp(apply, *zeros)
+    outputs, pull = jax.vjp(function_of(equation, values, chosen), *zeros)
     rows = next(c for c in taken if c is not None)
     filled = [
         jnp.zeros((rows.shape[0], *v.shape), v.dtype) if c is None else c

@@ -28,6 +28,7 @@ from certjax.bounds import composite, patches, rounding, slopes
 from certjax.bounds.affine import BILINEAR, is_affine
 from certjax.bounds.chunks import in_chunks, rows_that_fit
 from certjax.bounds.climb import best_of, Climb
+from certjax.bounds.convolution import function_of
 from certjax.bounds.patches import Patches, Window
 from certjax.bounds.problem import default_share, is_exact
 from certjax.bounds.relax import HALF, relax, SHARED
@@ -621,13 +622,8 @@ def _through_adjoint(
     chosen = [i for i, on in enumerate(bounded) if on]
     fixed = _fixed(values, bounded)
 
-    def apply(*args: Array) -> list[Array]:
-        full = list(fixed)
-        for i, arg in zip(chosen, args, strict=True):
-            full[i] = arg
-        return equation.bind(*full)
-
-    at_zero, pull = jax.vjp(apply, *(jnp.zeros_like(values[i].lower) for i in chosen))
+    zeros = [jnp.zeros_like(values[i].lower) for i in chosen]
+    at_zero, pull = jax.vjp(function_of(equation, fixed, chosen), *zeros)
     given = next(c for c in taken if c is not None)
     if isinstance(given, Patches):
         parts = patches.pull_affine(equation, fixed, given)
