@@ -22,7 +22,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 APACHE = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 # of extras, imported where they are used; PIL is what matplotlib itself draws with
-LAZY = {"onnx", "safetensors", "pooch", "torch", "PIL"}
+LAZY = {"onnx", "safetensors", "pooch", "PIL"}
+# the peers of the benchmarks, each missing one costs its own row alone
+LAZY |= {"torch", "foolbox", "art", "torchattacks", "pyautoattack", "adv_lib"}
+LAZY |= {"auto_LiRPA"}
 
 
 def distribution(requirement):
