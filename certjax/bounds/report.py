@@ -109,7 +109,7 @@ def plot(layers: tuple[Layer, ...]) -> Any:
     """A matplotlib figure: stability and widths by layer."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3), layout="constrained")
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
     counts, widths = figure.subplots(1, 2)
     places = range(len(layers))
     floor = [0.0] * len(layers)
@@ -117,10 +117,19 @@ def plot(layers: tuple[Layer, ...]) -> Any:
         height = [float(getattr(v, kind)) / v.interval.lower.size for v in layers]
         counts.bar(places, height, bottom=floor, label=kind)
         floor = [a + b for a, b in zip(floor, height, strict=True)]
-    for name in ("ibp_width", "width", "sampled_width"):
-        widths.plot(places, [float(getattr(v, name)) for v in layers], "o-", label=name)
-    counts.set(xlabel="layer", ylabel="share of neurons")
-    widths.set(xlabel="layer", ylabel="mean width", yscale="log")
+    curves = {
+        "interval bounds": "ibp_width",
+        "these bounds": "width",
+        "sampled points": "sampled_width",
+    }
+    for label, name in curves.items():
+        height = [float(getattr(v, name)) for v in layers]
+        widths.plot(places, height, "o-", label=label)
+    counts.set(ylabel="share of neurons")
+    widths.set(ylabel="mean width before the activation", yscale="log")
     for axes in (counts, widths):
-        axes.legend()
+        axes.set(xlabel="activation, in order", xticks=places)
+        axes.legend(
+            loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False
+        )
     return figure
