@@ -196,6 +196,30 @@ def check_fits(model: nn.Module, image: np.ndarray) -> None:
         ) from error
 
 
+def check_shown(
+    model: nn.Module, show: Callable[..., Array], image: np.ndarray, *, where: str
+) -> None:
+    """Refuse a network that cannot take what `show(key, x)` makes of an image.
+
+    Raises:
+      ConfigError: the complaint of the network, or of `show` about the image.
+    """
+    like = jax.ShapeDtypeStruct(image.shape, np.float32)
+    key = jax.random.key(0)
+    with build.blamed(where):
+        shown = jax.eval_shape(show, key, like)
+    if shown.shape == like.shape:
+        return
+    try:
+        jax.eval_shape(model.apply, jax.eval_shape(model.init, key, like), shown)
+    except (ArithmeticError, TypeError, ValueError, FlaxError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"the network of `model` does not take what `{where}` makes of an image, "
+            f"shape {shown.shape}: {reason}; train one with model=ablated_cnn"
+        ) from error
+
+
 def initializer_of(
     objective: Objective, model: nn.Module
 ) -> Callable[[jax.Array, jax.Array], dict]:

@@ -32,6 +32,7 @@ from experiments.judging import (
 from experiments.runs import Run, RunError, Stopped
 from experiments.settings import (
     check_fits,
+    check_shown,
     Clock,
     initializer_of,
     model_of,
@@ -105,6 +106,7 @@ def prepared(settings: TrainSettings) -> Job:
     train, held = selection.held_out(settings, train)
     model = model_of(settings.model)
     check_fits(model, train.images[0])
+    _check_noise(settings, model, train.images[0])
     clock = Clock.of(settings.schedule, train.labels)
     optimizer = optimizer_of(settings.optimizer, clock)
     step = step_of(settings, model, optimizer, clock, train.images[0])
@@ -112,6 +114,13 @@ def prepared(settings: TrainSettings) -> Job:
     initialize = initializer_of(settings.objective, model)
     choose = selection.chooser(settings, model, held, clock)
     return Job(settings, train, evaluation, clock, optimizer, initialize, step, choose)
+
+
+def _check_noise(settings: TrainSettings, model: nn.Module, image: np.ndarray) -> None:
+    if node := settings.objective.loss.get("noise"):
+        where = "objective.loss.noise"
+        noise = build.build(node, where=where)
+        check_shown(model, noise.sample, image, where=where)
 
 
 def step_of(

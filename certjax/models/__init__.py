@@ -1,5 +1,6 @@
 """Networks of the papers as Linen modules of one example; see `networks`."""
 
+from certjax.models.ablated import Ablated as Ablated, ablated_cnn as ablated_cnn
 from certjax.models.batchnorm import (
     BatchNorm as BatchNorm,
     classifier as classifier,

@@ -21,6 +21,7 @@ from certjax.smoothing.certify import (
     SmoothedCertificate as SmoothedCertificate,
 )
 from certjax.smoothing.denoised import denoised as denoised
+from certjax.smoothing.discrete import Discrete as Discrete
 from certjax.smoothing.ensemble import mean_logits as mean_logits
 from certjax.smoothing.noise import (
     Gaussian as Gaussian,
@@ -29,6 +30,8 @@ from certjax.smoothing.noise import (
     Uniform as Uniform,
 )
 from certjax.smoothing.patch import (
+    Band as Band,
+    Block as Block,
     certify_band as certify_band,
     certify_block as certify_block,
     PatchCertificate as PatchCertificate,

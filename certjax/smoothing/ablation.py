@@ -55,6 +55,7 @@ class Ablation:
 
     def sample(self, key: Key, x: Array) -> Array:
         """The image with all but `keep` pixels hidden, [H, W, 2 C]."""
+        self.check(x)
         kept = jax.random.permutation(key, self.pixels) < self.keep
         return visible(x, kept.reshape(x.shape[:2]))
 

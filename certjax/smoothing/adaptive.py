@@ -33,6 +33,7 @@ class FixedRadius(NamedTuple):
     prediction: class, or -1 (not shown) with radius 0.
     radius: as asked, in `norm`, or 0.
     counts: [K] int64, votes of the samples drawn.
+    invalid: samples with a NaN logit; they count against the prediction.
     n: number of samples drawn, without the n0 of the selection.
     budget: alpha and what each round may spend of it.
     norm, guarantee: as in `SmoothedCertificate`.
@@ -41,6 +42,7 @@ class FixedRadius(NamedTuple):
     prediction: int
     radius: float
     counts: np.ndarray
+    invalid: int
     n: int
     budget: Budget
     norm: str
@@ -91,15 +93,14 @@ def certify_radius(  # noqa: PLR0913 - as `certify`, and the rounds
         source = (estimate, noise, drawn)
         more = count_range(f, _draw_after, source, x, n - drawn, batch, Forward(**how))
         counts, drawn = counts + more, n
-        won = int(counts[guess])
+        won, invalid = int(counts[guess]), int(n - counts.sum())
+        spent = (counts, invalid, n, budget, noise.norm, noise.guarantee)
         if noise.radius(proportion_lower(won, n, part), jnp.size(x)) >= radius:
-            return FixedRadius(
-                guess, radius, counts, n, budget, noise.norm, noise.guarantee
-            )
+            return FixedRadius(guess, radius, *spent)
         highest = proportion_upper(won, n, give_up / len(rounds))
         if noise.radius(highest, jnp.size(x)) < radius:
             break
-    return FixedRadius(ABSTAIN, 0.0, counts, drawn, budget, noise.norm, noise.guarantee)
+    return FixedRadius(ABSTAIN, 0.0, *spent)
 
 
 def _check(radius: float, rounds: tuple[int, ...], n0: int) -> None:

@@ -6,8 +6,10 @@ wins whatever is in the patch.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,7 +17,7 @@ from certjax.smoothing.confidence import check_trials
 from certjax.smoothing.noise import FLOAT
 from certjax.smoothing.splitting import lead
 from certjax.smoothing.votes import count_range, Forward
-from certjax.types import Array, Classifier
+from certjax.types import Array, Classifier, Key
 
 
 class PatchCertificate(NamedTuple):
@@ -42,6 +44,48 @@ def visible(x: Array, mask: Array) -> Array:
     """
     shown = jnp.concatenate([x, 1.0 - x], axis=-1)
     return jnp.where(mask[..., None], shown, 0.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Band:
+    """One of the bands of `certify_band`, each as likely: what f is trained on.
+
+    Args:
+      width: columns of a band.
+    """
+
+    width: int = field(metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        """Refuse a width that means nothing."""
+        check_trials("width", self.width)
+
+    def sample(self, key: Key, x: Array) -> Array:
+        """The image behind all but one band, [H, W, 2 C]."""
+        columns = _sides(x, self.width)[1]
+        return _band(self.width, jax.random.randint(key, (), 0, columns), x)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Block:
+    """One of the blocks of `certify_block`, each as likely: what f is trained on.
+
+    Args:
+      width: pixels of a side.
+    """
+
+    width: int = field(metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        """Refuse a width that means nothing."""
+        check_trials("width", self.width)
+
+    def sample(self, key: Key, x: Array) -> Array:
+        """The image behind all but one block, [H, W, 2 C]."""
+        rows, columns = _sides(x, self.width)
+        return _block(self.width, jax.random.randint(key, (), 0, rows * columns), x)
 
 
 def certify_band(

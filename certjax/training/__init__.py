@@ -63,6 +63,7 @@ from certjax.training.smoothed import (
     denoising as denoising,
     gaussian_augmentation as gaussian_augmentation,
     macer as macer,
+    noise_augmentation as noise_augmentation,
     noisy_copy as noisy_copy,
     noisy_ddn as noisy_ddn,
     noisy_pgd as noisy_pgd,

@@ -85,6 +85,19 @@ def gaussian_augmentation(noise: Any) -> Objective:
     return objective
 
 
+def noise_augmentation(noise: Any) -> Objective:
+    """Cross-entropy at one copy as another noise than the Gaussian shows it.
+
+    Args:
+      noise: `Ablation`, `Band` or `Block`, which hide pixels (the network is then one
+        of `certjax.models.Ablated`), or `Discrete`, `Laplace`, `Uniform`.
+
+    Source: Levine & Feizi 2020, arXiv:1911.09272 and arXiv:2002.10733, whose masks are
+    shared by a batch; here each example has its own.
+    """
+    return gaussian_augmentation(noise)
+
+
 def noisy_copy(threat: Threat, *, noise: Any) -> Attack:  # noqa: ARG001 - a builder
     """No attack but the noise: `statistics_at` of the training step.
 
