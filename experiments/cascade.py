@@ -20,6 +20,7 @@ from certjax.types import Key
 from experiments import build, devices
 from experiments.build import ConfigError
 from experiments.evaluation import (
+    Bounds,
     certify_method,
     Examples,
     judge_batch,
@@ -31,7 +32,9 @@ from experiments.settings import label_of, Node
 
 
 ATTACKS = "certjax.attacks."
-UNDECIDED = "undecided"
+BOUNDS = ("certjax.bounds.", "certjax.models.")
+REFUTING = ("inside", "nearest")  # attacks whose point of one example is in the set
+CLEAN, UNDECIDED = "clean", "undecided"
 Fields = dict[str, np.ndarray]
 
 
@@ -59,6 +62,34 @@ def _attacks(node: Node) -> bool:
     return str(node.get("_target_")).startswith(ATTACKS)
 
 
+def is_sound(node: Node) -> bool:
+    """Does whatever a certifier's config proves hold for the float32 program itself?"""
+    bounds = node["stages"].values() if is_cascade(node) else [node]
+    return all(own.get("sound", False) for own in bounds if not _attacks(own))
+
+
+def bounds_of(node: Node, model: nn.Module, *, where: str = "certifier") -> Bounds:
+    """The bound transformation of a config; it is told the network if it asks for it.
+
+    Raises:
+      ConfigError: no bound, a mistake in its numbers, or one that the network is not
+        made for.
+    """
+    target = str(node.get("_target_"))
+    if not target.startswith(BOUNDS):
+        raise ConfigError(
+            f"`{where}` must name a bound in certjax.bounds, or "
+            f"certjax.models.lipschitz_bound, got {target}"
+        )
+    bounds = build.build({**node, "_partial_": True}, where=where)
+    if not build.accepts(bounds, "model"):
+        return bounds
+    bounds = functools.partial(bounds, model=model)
+    with build.blamed(where):
+        bounds(lambda x: x)  # refuses a network without a constant
+    return bounds
+
+
 def cascade_method(
     model: nn.Module,
     node: Node,
@@ -82,12 +113,13 @@ def cascade_method(
       threat: the perturbation set.
       attack_method: an attack's config and its key -> method.
     """
+    build.check_known("`certifier`", node, ["stages"])
     stages = [
         _stage(name, own, model, threat, attack_method)
         for name, own in node["stages"].items()
     ]
-    if not stages:
-        raise ConfigError("`certifier.stages` is empty; name at least one bound")
+    if all(stage.attacks for stage in stages):
+        raise ConfigError("`certifier.stages` proves nothing; name at least one bound")
 
     def judge(weights: Weights, eps: float, key: Key, examples: Examples) -> Fields:
         board = _Board.of(len(examples.labels), stages)
@@ -97,7 +129,7 @@ def cascade_method(
         return board.fields
 
     failed: Record = {"certified": False, "robust": False, "outside": False}
-    failed |= {"margin": math.nan, "stage": "clean"}
+    failed |= {"margin": math.nan, "stage": CLEAN}
     failed |= {f"seconds_{stage.name}": 0.0 for stage in stages}
     return Method(judge, threat.eps, failed, own_batches=True)
 
@@ -110,16 +142,23 @@ def _stage(
     attack_method: Callable[[Node, str], Method],
 ) -> Stage:
     where = f"certifier.stages.{name}"
+    if name in (CLEAN, UNDECIDED):
+        raise ConfigError(f"`{where}` would be taken for an answer; rename the stage")
     if not isinstance(node, Mapping):
         raise ConfigError(f"`{where}` must name a method by `_target_`, got {node!r}")
     lanes = node.get("lanes", devices.default_batch())
     own = {key: value for key, value in node.items() if key != "lanes"}
-    if not isinstance(lanes, int) or lanes < 1:
+    if type(lanes) is not int or lanes < 1:
         raise ConfigError(f"`{where}.lanes` must be at least 1, got {lanes!r}")
-    if _attacks(own):
-        return Stage(name, attack_method(own, where), lanes, True)
-    bounds = build.build({"_partial_": True, **own}, where=where)
-    return Stage(name, certify_method(model, bounds, threat), lanes, False)
+    if not _attacks(own):
+        bounds = bounds_of(own, model, where=where)
+        return Stage(name, certify_method(model, bounds, threat), lanes, False)
+    if own.get("result", "inside") not in REFUTING:
+        raise ConfigError(
+            f"`{where}.result` must be inside or nearest, got {own['result']!r}: only "
+            "a point of the threat set, found for one example, refutes a certificate"
+        )
+    return Stage(name, attack_method(own, where), lanes, True)
 
 
 def _run(
@@ -163,7 +202,7 @@ class _Board:
             self.write(stage, chosen, found)
 
     def write(self, stage: Stage, chosen: np.ndarray, found: Fields) -> None:
-        """The answers of a stage; a NaN is remembered and answers nothing."""
+        """The answers of a stage; a NaN is remembered, and proves nothing."""
         self.fields["nan"][chosen] |= found["nan"]
         if stage.attacks:
             self.fields["robust"][chosen] = found["robust"]
@@ -179,7 +218,7 @@ class _Board:
 
 def totals(node: Node, rows: list[Record]) -> dict[str, dict[str, Any]]:
     """For each stage: examples that came to it, that it answered, and its seconds."""
-    names = ["clean", *node["stages"]]
+    names = [CLEAN, *node["stages"]]
     answered = {name: sum(row["stage"] == name for row in rows) for name in names}
     found, left = {}, len(rows)
     for name in names:

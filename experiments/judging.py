@@ -164,9 +164,7 @@ def _methods(
 def _certify_method(plan: Plan, model: nn.Module, image: np.ndarray) -> Method:
     threat = threat_of(plan.threat, plan.test_eps)
     if not cascade.is_cascade(plan.certifier):
-        bounds = build.build(plan.certifier, where="certifier")
-        if build.accepts(bounds, "model"):  # a certificate that the architecture gives
-            bounds = functools.partial(bounds, model=model)
+        bounds = cascade.bounds_of(plan.certifier, model)
         return certify_method(model, bounds, threat)
 
     def attack_method(node: Node, where: str) -> Method:
@@ -270,9 +268,11 @@ def _described(plan: Plan) -> dict[str, Any]:
     """The methods and the adversary in words."""
     found: dict[str, Any] = {}
     if plan.certifier is not None:
-        found |= {"certifier": label_of(plan.certifier), "test_eps": plan.test_eps}
+        label, sound = label_of(plan.certifier), cascade.is_sound(plan.certifier)
+        label = label if sound else label.removesuffix(" in float32")
+        found |= {"certifier": label, "test_eps": plan.test_eps}
         # which arithmetic the bounds hold in: of real numbers, or of the program
-        found["arithmetic"] = "float32" if plan.certifier.get("sound") else "real"
+        found["arithmetic"] = "float32" if sound else "real"
     broken_by = cascade.attacks_of(plan.certifier or {})
     if broken_by:
         found |= {"attack": " > ".join(broken_by), "attack_eps": plan.test_eps}

@@ -1,14 +1,20 @@
 """The cascade of certifiers: the same answers as its stages alone, stopped early."""
 
+import jax
 import numpy as np
 import pytest
 from runners import numbers, only, run, SMALL
 
+from certjax import models
+from certjax.threat import L2
 from experiments import certify, runs, train
 from experiments.build import ConfigError
+from experiments.cascade import cascade_method
+from experiments.evaluation import Examples, Weights
 
 
 FIRST = "max=60"
+BOUNDS = ("ibp", "crown_ibp", "crown", "alpha_crown")
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +72,7 @@ def test_the_answers_are_consistent(cascade):
     assert result["certified"] <= result["robust"] <= result["clean"]
     assert result["attack"] == "PGD-40x2"
     for row in rows:
-        assert row["certified"] == (
-            row["stage"] in ("ibp", "crown_ibp", "crown", "alpha_crown")
-        )
+        assert row["certified"] == (row["stage"] in BOUNDS)
         if row["certified"]:
             assert row["margin"] > 0
         if row["stage"] == "undecided":
@@ -103,12 +107,48 @@ def test_a_killed_cascade_goes_on(trained, cascade):
 
 
 @pytest.mark.parametrize(
+    ("sound", "arithmetic"), [(BOUNDS[:2], "float32"), (BOUNDS[1:2], "real")]
+)
+def test_it_holds_in_float32_if_all_its_bounds_do(trained, sound, arithmetic):
+    words = [f"~certifier.stages.{name}" for name in BOUNDS[2:]]
+    words += [f"+certifier.stages.{name}.sound=true" for name in sound]
+    words += ["certifier=cascade", "certifier.stages.pgd.steps=3", "max=4"]
+    result, _, _ = certified(trained, *words)
+    assert result["arithmetic"] == arithmetic
+    assert ("in float32" in result["certifier"]) == (arithmetic == "float32")
+
+
+def test_a_stage_is_told_the_network():
+    net = models.aol_cnn(classes=3, width=4, depth=1, stages=1, hidden=())
+    xs = np.asarray(jax.random.uniform(jax.random.key(0), (7, 4, 4, 2)))
+    variables = net.init(jax.random.key(1), xs[0])
+    labels = np.asarray(jax.vmap(lambda x: net.apply(variables, x).argmax())(xs))
+    stages = {"lip": {"_target_": "certjax.models.lipschitz_bound", "lanes": 5}}
+    method = cascade_method(net, {"stages": stages}, L2(0.01), NotImplemented)
+    weights = Weights(variables["params"], {})
+    rows = Examples(xs, labels, np.arange(7))
+    found = method.judge(weights, 0.01, jax.random.key(2), rows)
+    logits = np.sort(jax.vmap(lambda x: net.apply(variables, x))(xs))
+    proved = logits[:, -1] - logits[:, -2] - 0.01 * net.lipschitz.margin
+    np.testing.assert_allclose(found["margin"], proved, atol=1e-5)
+    assert (found["certified"] == (found["margin"] > 0)).all()
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["certifier.stages.ibp.lanes=0"], "lanes"),
         (["certifier.stages.crown_ibp.intermediate=1"], "crown_ibp.intermediate"),
         (["certifier.stages.pgd.steps=0"], "steps must be at least 1"),
         (["certifier.stages.pgd._target_=os.system"], "certjax"),
+        (["+certifier.stages.pgd.result=free"], "pgd.result` must be inside"),
+        (["+certifier.stages.pgd.result=shared"], "pgd.result` must be inside"),
+        (["+certifier.stages.clean._target_=certjax.bounds.ibp"], "rename the stage"),
+        (["+certifier.stages.undecided._target_=certjax.bounds.ibp"], "rename"),
+        (["+certifier.sound=true"], "unknown key `sound` in `certifier`"),
+        (["+certifier.stages.last._target_=certjax.smoothing.certify"], "name a bound"),
+        (["+certifier.stages.last._target_=certjax.models.lipschitz_bound"], "no Lips"),
+        ([f"~certifier.stages.{name}" for name in BOUNDS], "proves nothing"),
     ],
 )
 def test_mistakes_name_the_stage(trained, words, message):
