@@ -168,7 +168,8 @@ def _run(
     if stage.method.own_batches:
         return stage.method.judge(weights, eps, key, rows)
     method = stage.method._replace(eps=eps)  # bounds draw nothing: any seed
-    return judge_batch(method, weights, rows, seed=0, batch=stage.lanes)
+    batch = devices.divisible(stage.lanes)
+    return judge_batch(method, weights, rows, seed=0, batch=batch)
 
 
 class _Board:

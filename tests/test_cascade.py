@@ -1,6 +1,7 @@
 """The cascade of certifiers: the same answers as its stages alone, stopped early."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from runners import numbers, only, run, SMALL
@@ -10,7 +11,7 @@ from certjax.threat import L2
 from experiments import certify, runs, train
 from experiments.build import ConfigError
 from experiments.cascade import cascade_method
-from experiments.evaluation import Examples, Weights
+from experiments.evaluation import Examples, judge_batch, Weights
 
 
 FIRST = "max=60"
@@ -118,7 +119,15 @@ def test_it_holds_in_float32_if_all_its_bounds_do(trained, sound, arithmetic):
     assert ("in float32" in result["certifier"]) == (arithmetic == "float32")
 
 
-def test_a_stage_is_told_the_network():
+def test_a_stage_is_told_the_network_and_has_any_number_of_lanes(monkeypatch):
+    run_alone = judge_batch
+
+    def judged(*arguments, batch, **numbers):
+        assert batch == 8  # 5 lanes on 8 devices
+        return run_alone(*arguments, batch=batch, **numbers)
+
+    monkeypatch.setattr("experiments.devices.divisible", lambda size: -(-size // 8) * 8)
+    monkeypatch.setattr("experiments.cascade.judge_batch", judged)
     net = models.aol_cnn(classes=3, width=4, depth=1, stages=1, hidden=())
     xs = np.asarray(jax.random.uniform(jax.random.key(0), (7, 4, 4, 2)))
     variables = net.init(jax.random.key(1), xs[0])
@@ -128,7 +137,7 @@ def test_a_stage_is_told_the_network():
     weights = Weights(variables["params"], {})
     rows = Examples(xs, labels, np.arange(7))
     found = method.judge(weights, 0.01, jax.random.key(2), rows)
-    logits = np.sort(jax.vmap(lambda x: net.apply(variables, x))(xs))
+    logits = jnp.sort(jax.vmap(lambda x: net.apply(variables, x))(xs))
     proved = logits[:, -1] - logits[:, -2] - 0.01 * net.lipschitz.margin
     np.testing.assert_allclose(found["margin"], proved, atol=1e-5)
     assert (found["certified"] == (found["margin"] > 0)).all()
