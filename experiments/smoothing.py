@@ -8,11 +8,11 @@ example's random key follows from the seed and its index alone.
 
 import contextlib
 import datetime
-import math
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,8 +25,21 @@ from certjax.certificate import (
     average_certified_radius,
     radius_curve,
 )
-from certjax.smoothing import ABSTAIN, generator, sample_mesh
-from certjax.smoothing.confidence import check_alpha, check_trials, round_down
+from certjax.smoothing import (
+    ABSTAIN,
+    Band,
+    Block,
+    certify_band,
+    certify_block,
+    generator,
+    sample_mesh,
+)
+from certjax.smoothing.confidence import (
+    Budget,
+    check_alpha,
+    check_trials,
+    round_down,
+)
 from experiments import (
     build,
     checkpoint,
@@ -37,11 +50,11 @@ from experiments import (
     smoothing_plots,
 )
 from experiments.cli import Launch
-from experiments.cohen_logs import RADII
 from experiments.evaluation import as_input, Examples, select
 from experiments.judging import RECORDS, Trained
 from experiments.runs import Run, RunError, Stopped
-from experiments.settings import name_of, Node, Selection
+from experiments.settings import check_shown, name_of, Node, Selection
+from experiments.smoothing_scales import grid_of, scale_of
 from experiments.tracking import Tracker, Tracking, tracking
 
 
@@ -50,7 +63,15 @@ STREAM = zlib.crc32(b"smoothing")
 # what all records of a run share and its result repeats
 SHARED = ("certifier", "noise", "sigma", "train_sigma", "n0", "n", "alpha", "levels")
 SHARED += ("width", "keep", "pixels", "norm", "guarantee", "split", "seed", "dtype")
-SHARED += ("block", "generator", "weights")
+SHARED += ("block", "generator", "weights", "train_noise", "rounds", "give_up")
+SHARED += ("fixed_radius",)
+EXAMPLES = {
+    "sigma": "sigma=0.25 (a standard deviation in input units)",
+    "keep": "certifier.noise.keep=45",
+    "pixels": "certifier.noise.pixels=784",
+    "levels": "certifier.noise.levels=256",
+    "width": "certifier.width=4",
+}
 EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 
 Record = dict[str, Any]
@@ -58,7 +79,10 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class SmoothingSettings(Selection):
-    """The config of `experiments.certify` with a smoothing certifier."""
+    """The config of `experiments.certify` with a smoothing certifier.
+
+    parts: directories of other certifications, whose records are taken over.
+    """
 
     run: str
     certifier: Node
@@ -70,7 +94,9 @@ class SmoothingSettings(Selection):
     n0: int | None = None
     n: int | None = None
     alpha: float | None = None
+    radius: float | None = None
     indices: tuple[int, ...] | None = None
+    parts: tuple[str, ...] = ()
     split: Literal["test", "train"] = "test"
     batch: int = 1000
     block: int = 64
@@ -111,13 +137,14 @@ def is_smoothing(certifier: Node) -> bool:
 def work(config: dict[str, Any], launched: Launch) -> None:
     """Certify, from wherever that stands to its end."""
     trained = judging.finished_training(config["run"], config["data_dir"])
-    config = with_sigma(config, train_sigma(trained))
+    config = completed(config, trained.settings.objective.loss.get("noise", {}))
     settings = build.settings(
         SmoothingSettings,
         config | {"tracking": build.settings(Tracking, config["tracking"])},
     )
     task = task_of(settings, trained)
     named = config | {"name": "certify", "train_run": trained.path.resolve().name}
+    named.pop("parts", None)  # where records come from changes none of them
     run = runs.choose(named, trained.path)
     if runs.finished(run.path) and not settings.fresh:
         console.say(f"finished before (fresh=true does it again): {run.path}")
@@ -130,6 +157,7 @@ def work(config: dict[str, Any], launched: Launch) -> None:
         tracking(run, settings.tracking, job_type="certify") as tracker,
     ):
         began = time.monotonic()
+        take_over(task, settings.parts, run.path / RECORDS)
         rows = certify_all(task, run.path / RECORDS, stop)
         result = judging.about_training(trained.settings) | summary(rows)
         result["data_sha256"] = judging.dataset_of(trained.settings.data).sha256
@@ -145,23 +173,38 @@ def train_sigma(trained: Trained) -> float | None:
     return trained.settings.objective.loss.get("noise", {}).get("sigma")
 
 
-def with_sigma(config: dict[str, Any], known: float | None) -> dict[str, Any]:
-    """The config with the noise level of the training where none is given."""
-    noise = config["certifier"].get("noise", {})
-    if "sigma" not in noise or noise["sigma"] is not None:
-        return config
-    if known is None:
-        raise build.ConfigError(
-            "sigma is not set, and the network was not trained with noise; give the "
-            "standard deviation in input units, e.g. sigma=0.25"
-        )
-    certifier = config["certifier"] | {"noise": noise | {"sigma": known}}
-    return config | {"certifier": certifier, "sigma": known}
+def completed(config: dict[str, Any], trained: Node) -> dict[str, Any]:
+    """The config with the numbers of the training noise where none are given.
+
+    Raises:
+      ConfigError: the network was not trained with such a noise.
+    """
+    certifier = config["certifier"]
+    own = certifier.get("noise", certifier)
+    found = {name: trained.get(name) for name, value in own.items() if value is None}
+    for name, value in found.items():
+        if value is None:
+            raise build.ConfigError(
+                f"{name} is not set, and the network was not trained with noise that "
+                f"has one; give it, e.g. {EXAMPLES[name]}"
+            )
+    noisy = "noise" in certifier
+    filled = {"noise": own | found} if noisy else found
+    known = {name: value for name, value in found.items() if name in config}
+    return config | {"certifier": certifier | filled} | known
 
 
 def _warn_of_other_noise(about: Record) -> None:
-    trained, sigma = about["train_sigma"], about.get("sigma")
-    if trained != sigma and sigma is not None:
+    if "train_noise" in about:
+        numbers = [f"{k} {about[k]}" for k in EXAMPLES if k in about]
+        if not set(numbers) <= set((about["train_noise"] or "").split(", ")):
+            console.warn(
+                f"the network was trained with {about['train_noise'] or 'no noise'} "
+                f"and is certified with {', '.join(numbers)}; every record says so"
+            )
+        return
+    trained, sigma = about["train_sigma"], about["sigma"]
+    if trained != sigma:
         how = "without noise" if trained is None else f"at sigma {trained:g}"
         console.warn(
             f"the network was trained {how} and is certified at sigma {sigma:g}; every "
@@ -172,6 +215,9 @@ def _warn_of_other_noise(about: Record) -> None:
 def task_of(settings: SmoothingSettings, trained: Trained) -> Task:
     """The certifier of the config around the trained network, and the examples."""
     certifier = build.build(settings.certifier, where="certifier")
+    examples = _chosen(settings, trained)
+    show = _shown(certifier)
+    check_shown(trained.model, show, examples.images[0], where="certifier")
     variables = {"params": trained.weights.params}
     if trained.weights.statistics:
         variables["batch_stats"] = trained.weights.statistics
@@ -181,9 +227,18 @@ def task_of(settings: SmoothingSettings, trained: Trained) -> Task:
     keys = _keys(settings.seed, certifier)
 
     def certify(index: int, x: jax.Array) -> Any:
-        return certifier(f, x=x, batch=settings.batch, **keys(index), **how)
+        with build.blamed("certifier"):
+            return certifier(f, x=x, batch=settings.batch, **keys(index), **how)
 
-    return Task(certify, _chosen(settings, trained), _about(settings, trained))
+    return Task(certify, examples, _about(settings, trained))
+
+
+def _shown(certifier: partial) -> Callable[..., jax.Array]:
+    """`show(key, x)`: something that the network sees instead of x."""
+    given, kinds = certifier.keywords, {certify_band: Band, certify_block: Block}
+    if certifier.func in kinds:
+        return kinds[certifier.func](given["width"]).sample
+    return given["noise"].sample if "noise" in given else lambda _, x: x
 
 
 def _keys(seed: int, certifier: Callable[..., Any]) -> Callable[[int], dict[str, Any]]:
@@ -223,11 +278,15 @@ def _about(settings: SmoothingSettings, trained: Trained) -> Record:
     """What every record says about how it was made; others do not mix with it."""
     noise = settings.certifier.get("noise", {})
     numbers = noise | settings.certifier
+    if "radius" in numbers:  # of a record: what was certified
+        numbers["fixed_radius"] = numbers.pop("radius")
+    known = trained.settings.objective.loss.get("noise", {})
     return {
         "certifier": name_of(settings.certifier),
         **({"noise": name_of(noise)} if noise else {}),
         **{k: v for k, v in numbers.items() if k != "noise" and k[0] != "_"},
         "train_sigma": train_sigma(trained),
+        **({} if "sigma" in noise else {"train_noise": _words(known)}),
         "split": settings.split,
         "seed": settings.seed,
         "dtype": settings.dtype,
@@ -235,6 +294,31 @@ def _about(settings: SmoothingSettings, trained: Trained) -> Record:
         "generator": generator.NAME,
         "weights": checkpoint.digest(trained.weights)[:12],
     }
+
+
+def _words(noise: Node) -> str | None:
+    """A noise in words, e.g. "Ablation, keep 45, pixels 784"."""
+    numbers = [f"{name} {value}" for name, value in noise.items() if name[0] != "_"]
+    return ", ".join([name_of(noise), *numbers]) if noise else None
+
+
+def take_over(task: Task, parts: Iterable[str], file: Path) -> None:
+    """Append to `file` the records of the task's examples that other runs made.
+
+    Raises:
+      RunError: a directory has no records, or some that were made in another way.
+    """
+    known = {row["index"] for row in _already(task.about, file)}
+    missing = {int(i) for i in task.examples.index} - known
+    for folder in parts:
+        source = Path(folder) / RECORDS
+        if not source.is_file():
+            raise RunError(f"no {source}; parts= are directories of certifications")
+        rows = runs.read_lines(source)
+        _check_alike(task.about, rows, source)
+        found = {row["index"]: row for row in rows if row["index"] in missing}
+        runs.append_lines(file, list(found.values()))
+        missing -= found.keys()
 
 
 def certify_all(task: Task, file: Path, stop: Callable[[], int]) -> list[Record]:
@@ -266,6 +350,11 @@ def _already(about: Record, file: Path) -> list[Record]:
     rows = runs.keep_lines(file, lambda row: "index" in row)
     if len(rows) < lines:
         console.warn(f"{lines - len(rows)} torn lines of {file} are made again")
+    _check_alike(about, rows, file)
+    return rows
+
+
+def _check_alike(about: Record, rows: list[Record], file: Path) -> None:
     for row in rows:
         for name, value in about.items():
             if row.get(name) != value:
@@ -274,7 +363,6 @@ def _already(about: Record, file: Path) -> list[Record]:
                     f"{value}: certificates of two kinds must not mix; move the "
                     "file away, or fresh=true"
                 )
-    return rows
 
 
 def _certified(task: Task, at: int) -> Record:
@@ -300,6 +388,8 @@ def _certified(task: Task, at: int) -> Record:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Budget):
+        return value._asdict()
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
@@ -314,7 +404,8 @@ def _progress(total: int, found: dict[int, Record]) -> Iterator[Callable[[], Non
             nonlocal said
             now, done = time.monotonic(), len(found)
             each = (now - began) / (done - before)
-            note = f"ACR {round_down(_acr(found.values()))}"
+            mean = scale_of(next(iter(found.values()))).mean
+            note = f"{mean} {round_down(_acr(found.values()))}"
             advance(1, note)
             if not console.ERR.is_terminal and (now - said > EVERY or done == total):
                 said = now
@@ -339,16 +430,20 @@ def radii_of(rows: Iterable[Record]) -> tuple[np.ndarray, np.ndarray]:
 def summary(rows: list[Record]) -> dict[str, Any]:
     """The numbers of a result: how it was made, ACR, certified accuracy at radii."""
     radius, correct = radii_of(rows)
-    grid = grid_of(radius)
+    scale = scale_of(rows[0])
+    grid = grid_of(scale, radius)
     shares = radius_curve(radius, correct, grid=grid)
-    made = {k: v for k, v in rows[0].items() if k in SHARED}
+    drawn = "n" if scale.kind == "fixed" else None  # differs between the examples
+    made = {k: v for k, v in rows[0].items() if k in SHARED and k != drawn}
     return {
         **made,
+        **({"samples": sum(row["n"] for row in rows)} if drawn else {}),
         "examples": len(rows),
+        "correct": float(np.mean(correct)),
         "acr": average_certified_radius(radius, correct),
         "radii": grid.tolist(),
         "certified_at": shares.tolist(),
-        "table": radius_curve(radius, correct, grid=np.asarray(RADII)).tolist(),
+        "table": radius_curve(radius, correct, grid=np.asarray(scale.columns)).tolist(),
         "intervals": [_interval(share, len(rows)) for share in shares],
         "abstained": sum(row["abstain"] for row in rows) / len(rows),
         "nan": sum(row["nan"] for row in rows),
@@ -357,13 +452,6 @@ def summary(rows: list[Record]) -> dict[str, Any]:
 
 def _interval(share: float, count: int) -> tuple[float, float]:
     return accuracy_interval(round(share * count), count)
-
-
-def grid_of(radius: np.ndarray) -> np.ndarray:
-    """Multiples of 0.25 up to the largest radius (of 1 where it is above 5)."""
-    most = float(np.max(radius, initial=0.0))
-    step = 0.25 if most <= 5 else max(1.0, math.ceil(most / 16))
-    return np.arange(0.0, max(most, step) + 1e-12, step)
 
 
 def show(result: dict[str, Any]) -> None:
@@ -375,15 +463,21 @@ def show(result: dict[str, Any]) -> None:
     ]
     columns = [f"{result['norm']} radius", "certified %", "95 % interval"]
     console.table(title_of(result), columns, rows)
-    console.OUT.print(
-        f"ACR {round_down(result['acr'], 4)}, abstained "
-        f"{100 * result['abstained']:.2f} %, {result['guarantee']}",
-        markup=False,
-    )
+    console.OUT.print(_below(result), markup=False)
     if result["nan"]:
         console.warn(
             f"{result['nan']} examples met NaN logits; each counted as a vote against"
         )
+
+
+def _below(result: dict[str, Any]) -> str:
+    """The line under the table."""
+    mean = f"{scale_of(result).mean} {round_down(result['acr'], 4)}"
+    if "samples" in result:
+        mean = f"{result['samples'] / result['examples']:,.0f} samples an example"
+    shares = {"correct": result.get("correct"), "abstained": result["abstained"]}
+    words = [f"{k} {100 * v:.2f} %" for k, v in shares.items() if v is not None]
+    return ", ".join([mean, *words, result["guarantee"]])
 
 
 def title_of(result: dict[str, Any]) -> str:
@@ -394,7 +488,8 @@ def title_of(result: dict[str, Any]) -> str:
         if result.get(name) is not None
     ]
     trained = result.get("train_sigma")
-    noise = "no noise" if trained is None else f"sigma {trained:g}"
+    noise = result.get("train_noise") or "no noise"
+    noise = noise if trained is None else f"sigma {trained:g}"
     network = f"{result['dataset']} · {result['model']} · {result['objective']}"
     how = f"{result.get('noise') or result['certifier']} · {', '.join(numbers)}"
     count = f"{result['examples']} {result.get('split', 'test')} examples"

@@ -7,6 +7,7 @@ import numpy as np
 
 from certjax.certificate import accuracy_interval, envelope, radius_curve
 from certjax.smoothing.confidence import round_down
+from experiments.smoothing_scales import numbers_of, scale_of
 
 
 POINTS = 400
@@ -37,8 +38,7 @@ def radius_curves(path: Path, entries: list[Entry]) -> None:
     if len(entries) > 1:
         style = {"color": "black", "lw": 1, "ls": ":", "label": ENVELOPE}
         axes.plot(grid, 100 * envelope(np.stack(shares)), **style)
-    norm = entries[0][0]["norm"]
-    axes.set(xlabel=f"{norm} radius (input units, pixels in [0, 1])")
+    axes.set(xlabel=scale_of(entries[0][0]).axis)
     axes.set(ylabel="certified accuracy (%)", ylim=(0, 101), xlim=(0, grid[-1]))
     axes.set_title(_title(entries), fontsize=10)
     axes.grid(alpha=0.25)
@@ -58,7 +58,7 @@ def _draw(axes: Any, entry: Entry, grid: np.ndarray, number: int) -> np.ndarray:
     color = COLORS[number % len(COLORS)]
     style = "-" if number < len(COLORS) else "--"
     axes.fill_between(grid, 100 * low, 100 * high, color=color, alpha=0.15, lw=0)
-    label = f"{_name(result)}, ACR {round_down(result['acr'])}"
+    label = f"{_name(result)}, {scale_of(result).mean} {round_down(result['acr'])}"
     axes.plot(grid, 100 * shares, color=color, ls=style, lw=1.6, label=label)
     return shares
 
@@ -66,7 +66,7 @@ def _draw(axes: Any, entry: Entry, grid: np.ndarray, number: int) -> np.ndarray:
 def _name(result: dict[str, Any]) -> str:
     """What tells one line from another: training, noise, its level."""
     sigma, trained = result.get("sigma"), result.get("train_sigma")
-    level = "" if sigma is None else f", sigma {sigma:g}"
+    level = numbers_of(result) if sigma is None else f", sigma {sigma:g}"
     other = "" if trained == sigma else f" (trained at {trained})"
     return f"{result['objective']}{level}{other}"
 

@@ -224,7 +224,7 @@ def test_sigma_of_a_network_trained_without_noise_must_be_given(trained, tmp_pat
 def task_of(trained, *words) -> smoothing.Task:
     config = composed(f"run={trained}", *FEW, *words, config="certify")
     found = smoothing.judging.finished_training(config["run"], None)
-    config = smoothing.with_sigma(config, smoothing.train_sigma(found))
+    config = smoothing.completed(config, found.settings.objective.loss["noise"])
     config["tracking"] = smoothing.Tracking("disabled")
     settings = smoothing.build.settings(smoothing.SmoothingSettings, config)
     return smoothing.task_of(settings, found)

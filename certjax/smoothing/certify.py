@@ -16,6 +16,7 @@ from certjax.smoothing.confidence import (
     check_trials,
     proportion_lower,
 )
+from certjax.smoothing.noise import more_than_half
 from certjax.smoothing.votes import votes
 from certjax.types import Array, Classifier, Key
 
@@ -121,7 +122,7 @@ def judge(
     guess = int(np.argmax(counts0))
     p_lower = proportion_lower(int(counts[guess]), n, alpha)
     radius = noise.radius(p_lower, size)
-    proved = 0 < radius < np.inf
+    proved = more_than_half(p_lower) and radius < np.inf  # of pixels, perhaps 0
     return SmoothedCertificate(
         prediction=guess if proved else ABSTAIN,
         radius=radius if proved else 0.0,

@@ -1,0 +1,65 @@
+"""How certified radii are shown: lengths, numbers of pixels, or the one asked for."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.cohen_logs import RADII
+
+
+COUNTS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
+COUNTED = {
+    "l0": "l0 radius (values that may change)",
+    "patch": "side of the patch (pixels)",
+}
+
+
+NUMBERS = ("levels", "width", "keep")
+
+
+class Scale(NamedTuple):
+    """What radii of one kind mean.
+
+    kind: only rows of the same kind share a table: "length", "l0", "patch" or "fixed".
+    axis: of a picture.
+    mean: what the mean radius is called; ACR for lengths.
+    columns: radii at which the table has certified accuracies.
+    """
+
+    kind: str
+    axis: str
+    mean: str
+    columns: tuple[float, ...]
+
+
+def scale_of(result: dict[str, Any]) -> Scale:
+    """The scale of a result or a record, by its norm and what was asked for."""
+    norm = result["norm"]
+    if norm in COUNTED:
+        return Scale(norm, COUNTED[norm], f"mean {norm} radius", COUNTS)
+    axis = f"{norm} radius (input units, pixels in [0, 1])"
+    if (asked := result.get("fixed_radius")) is not None:
+        return Scale("fixed", axis, "mean radius", (asked,))
+    return Scale("length", axis, "ACR", RADII)
+
+
+def numbers_of(result: dict[str, Any]) -> str:
+    """The numbers of a noise without sigma, e.g. ", keep 45"; else nothing."""
+    found = [(name, result.get(name)) for name in NUMBERS]
+    return "".join(f", {name} {value:g}" for name, value in found if value is not None)
+
+
+def grid_of(scale: Scale, radius: np.ndarray) -> np.ndarray:
+    """Radii for the table of one result, up to the largest that was certified.
+
+    Lengths: multiples of 0.25 (of 1 or more where it is above 5), from 0 on.
+    """
+    most = float(np.max(radius, initial=0.0))
+    if scale.kind == "fixed":
+        return np.asarray(scale.columns)
+    if scale.kind == "length":
+        step = 0.25 if most <= 5 else max(1.0, math.ceil(most / 16))
+        return np.arange(0.0, max(most, step) + 1e-12, step)
+    step = max(1, math.ceil(most / 16))
+    return np.arange(step, max(most, step) + 1, step, dtype=float)
