@@ -208,6 +208,15 @@ def test_cascade_reports_nan_and_zero_gradients():
     assert any("zero gradient" in text for text in found.warnings)
 
 
+def test_saturated_logits_have_a_zero_gradient():
+    """Whatever rounding leaves of it, where softmax has come to its end."""
+    large = lambda x: 1e6 * linear(x)
+    for f, flat in ((large, True), (linear, False)):
+        found = attacks.cascade(STAGES[:1], Linf(0.03), lanes=4)(KEY, f, XS, LABELS)
+        text = f"{len(XS)} examples have a zero gradient"
+        assert any(text in warning for warning in found.warnings) == flat
+
+
 def test_autoattack_is_a_pure_attack_with_the_budget_of_the_reference():
     stages = attacks.autoattack_stages(Linf(0.1))
     assert [(s.name, s.rounds) for s in stages] == [

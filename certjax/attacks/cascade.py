@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from certjax.attacks.losses import cross_entropy, reached
+from certjax.attacks.losses import cross_entropy, log_odds, reached
 from certjax.attacks.search import at_random, checked_input, Expectation
 from certjax.threat import Threat
 from certjax.types import Array, Attack, Classifier, Key
@@ -141,7 +141,7 @@ def _examples(xs: Array, labels: Array, first: int | Array) -> _Examples:
 
 
 class _Look(NamedTuple):
-    """What the clean examples show: logits [N, K], gradients all zero [N]."""
+    """What the clean examples show: logits [N, K], gradients that say nothing [N]."""
 
     logits: np.ndarray
     flat: np.ndarray
@@ -195,8 +195,12 @@ def _looked(
 ) -> tuple[Array, Array]:
     def one(n: Array, x: Array, label: Array) -> tuple[Array, Array]:
         g = at_random(f, jax.random.fold_in(key, n))
+        logits = g(x)
         gradient = jax.grad(lambda z: cross_entropy(g(z), label))(x)
-        return g(x), jnp.all(gradient == 0)
+        # where all other probabilities underflow, it is the rounding of large terms
+        saturated = log_odds(logits, label) < np.log(np.finfo(np.float32).tiny)
+        lost = saturated | ~jnp.all(jnp.isfinite(gradient))
+        return logits, lost | jnp.all(gradient == 0)
 
     return jax.vmap(one)(numbers, xs, labels)
 
