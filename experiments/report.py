@@ -171,11 +171,11 @@ def _latex(titles: list[str], body: list[list[str]], words: int) -> str:
 
 
 def smoothed(rows: list[smoothing_report.Row], *, as_latex: bool) -> str:
-    """The table of smoothed classifiers, LaTeX or Markdown."""
+    """A table of smoothed classifiers with radii of one kind, LaTeX or Markdown."""
     bold = (lambda t: rf"\textbf{{{t}}}") if as_latex else (lambda t: f"**{t}**")
     body = smoothing_report.cells(rows, bold, r"$\pm$" if as_latex else "±")
     table = _latex if as_latex else _markdown
-    return table(smoothing_report.headers(), body, words=8)
+    return table(smoothing_report.headers(rows[0].scale), body, words=8)
 
 
 def _escaped(text: str) -> str:
@@ -195,8 +195,8 @@ def tables(folders: list[Path], *, sigma: float | None, as_latex: bool) -> list[
     found = []
     if plain:
         found.append(latex(plain) if as_latex else markdown(plain))
-    if rows or logs:
-        found.append(smoothed(rows + logs, as_latex=as_latex))
+    for group in smoothing_report.by_kind(rows + logs):
+        found.append(smoothed(group, as_latex=as_latex))
     return found
 
 

@@ -1,4 +1,6 @@
-"""The papers' table of smoothed classifiers: ACR and certified accuracy at radii.
+"""The papers' tables of smoothed classifiers: ACR and certified accuracy at radii.
+
+Lengths, numbers of values (l0), sides of patches and given radii have a table each.
 
 Rows are finished certifications and logs in the format of Cohen et al.; those that
 differ in the seed of the training alone become one, mean and standard deviation. The
@@ -14,11 +16,12 @@ from typing import Any, NamedTuple
 
 from certjax.smoothing.confidence import round_down
 from experiments import cohen_logs, console, runs
-from experiments.cohen_logs import RADII
 from experiments.runs import RunError
+from experiments.smoothing_scales import NUMBERS, numbers_of, Scale, scale_of
 
 
 SETTING = ("dataset", "norm", "noise", "sigma", "n", "alpha", "examples", "certifier")
+SETTING += NUMBERS
 TRAINED = ("name", "model", "objective", "train_sigma", "recipe")
 HEADER = ("data", "noise", "sigma", "n", "alpha", "examples x seeds", "run", "training")
 
@@ -26,10 +29,15 @@ Setting = tuple[Any, ...]
 
 
 class Row(NamedTuple):
-    """Certifications of one recipe: what they share, ACR and shares of each seed."""
+    """Certifications of one recipe: what they share, and the numbers of each seed.
+
+    means: ACR, mean radius, or samples an example; see `headers`.
+    shares: certified accuracies, after that of the prediction where radii are counts.
+    """
 
     about: dict[str, Any]
-    acr: list[float]
+    scale: Scale
+    means: list[float]
     shares: list[list[float]]
 
 
@@ -47,11 +55,30 @@ def rows_of(results: Iterable[dict[str, Any]]) -> list[Row]:
     return [
         Row(
             dict(zip(SETTING + TRAINED, key, strict=True)),
-            [result["acr"] for result in group],
-            [result["table"] for result in group],
+            scale_of(group[0]),
+            [_mean_of(result) for result in group],
+            [_shares_of(result) for result in group],
         )
         for key, group in ordered
     ]
+
+
+def _mean_of(result: dict[str, Any]) -> float:
+    fixed = scale_of(result).kind == "fixed"
+    return result["samples"] / result["examples"] if fixed else result["acr"]
+
+
+def _shares_of(result: dict[str, Any]) -> list[float]:
+    counts = scale_of(result).kind not in {"fixed", "length"}
+    return [result["correct"], *result["table"]] if counts else result["table"]
+
+
+def by_kind(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of each table; lengths first."""
+    kinds: dict[str, list[Row]] = {"length": []}
+    for row in rows:
+        kinds.setdefault(row.scale.kind, []).append(row)
+    return [group for group in kinds.values() if group]
 
 
 def logs_below(paths: Iterable[Path], sigma: float | None) -> list[Row]:
@@ -89,7 +116,8 @@ def _log_row(file: Path, sigma: float | None) -> Row:
         "name": file.name,
         "objective": "(a log)",
     }
-    return Row(about, [found["acr"]], [list(found["certified"].values())])
+    shares = [list(found["certified"].values())]
+    return Row(about, scale_of({"norm": "l2"}), [found["acr"]], shares)
 
 
 def cells(rows: list[Row], bold: Callable[[str], str], plus: str) -> list[list[str]]:
@@ -107,6 +135,8 @@ def cells(rows: list[Row], bold: Callable[[str], str], plus: str) -> list[list[s
                 zip(_means(row), _texts(row, plus), strict=True)
             )
         ]
+        if row.scale.kind == "fixed":  # the number of samples is no merit
+            numbers[0] = _texts(row, plus)[0]
         table.append([*_named(row), *numbers])
     return table
 
@@ -117,14 +147,18 @@ def _setting(row: Row) -> Setting:
 
 def _means(row: Row) -> list[float]:
     columns = zip(*row.shares, strict=True)
-    return [statistics.mean(row.acr), *map(statistics.mean, columns)]
+    return [statistics.mean(row.means), *map(statistics.mean, columns)]
 
 
 def _texts(row: Row, plus: str) -> list[str]:
-    """ACR rounded down; certified accuracies in percent."""
-    spread = f" {plus} {statistics.stdev(row.acr):.4f}" if len(row.acr) > 1 else ""
-    acr, *shares = _means(row)
-    return [round_down(acr, 4) + spread, *(f"{100 * share:.1f}" for share in shares)]
+    """The mean radius rounded down; accuracies in percent."""
+    many = len(row.means) > 1
+    spread = f" {plus} {statistics.stdev(row.means):.4f}" if many else ""
+    mean, *shares = _means(row)
+    first = round_down(mean, 4) + spread
+    if row.scale.kind == "fixed":
+        first = f"{mean:,.0f}"
+    return [first, *(f"{100 * share:.1f}" for share in shares)]
 
 
 def _named(row: Row) -> list[str]:
@@ -133,19 +167,22 @@ def _named(row: Row) -> list[str]:
     trials = "" if about["n"] is None else f"{about['n']:,}"
     return [
         about["dataset"] or "",
-        about["noise"] or about["certifier"] or "",
+        (about["noise"] or about["certifier"] or "") + numbers_of(about),
         number("sigma"),
         trials,
         number("alpha"),
-        f"{about['examples']} x {len(row.acr)}",
+        f"{about['examples']} x {len(row.means)}",
         about["name"],
         about["objective"],
     ]
 
 
-def headers() -> list[str]:
+def headers(scale: Scale) -> list[str]:
     """Column titles."""
-    return [*HEADER, "ACR", *(f"{radius:g}" for radius in RADII)]
+    if scale.kind == "fixed":
+        return [*HEADER, "samples", "certified"]
+    first = ["ACR"] if scale.kind == "length" else [scale.mean, "correct"]
+    return [*HEADER, *first, *(f"{radius:g}" for radius in scale.columns)]
 
 
 def drawn(folders: Iterable[Path], picture: Path) -> None:

@@ -15,7 +15,7 @@ COUNTED = {
 }
 
 
-NUMBERS = ("levels", "width", "keep")
+NUMBERS = ("levels", "width", "keep", "fixed_radius")
 
 
 class Scale(NamedTuple):
@@ -36,18 +36,21 @@ class Scale(NamedTuple):
 def scale_of(result: dict[str, Any]) -> Scale:
     """The scale of a result or a record, by its norm and what was asked for."""
     norm = result["norm"]
-    if norm in COUNTED:
-        return Scale(norm, COUNTED[norm], f"mean {norm} radius", COUNTS)
-    axis = f"{norm} radius (input units, pixels in [0, 1])"
+    lengths = f"{norm} radius (input units, pixels in [0, 1])"
+    axis, mean = COUNTED.get(norm, lengths), f"mean {norm} radius"
     if (asked := result.get("fixed_radius")) is not None:
-        return Scale("fixed", axis, "mean radius", (asked,))
+        return Scale("fixed", axis, mean, (asked,))
+    if norm in COUNTED:
+        return Scale(norm, axis, mean, COUNTS)
     return Scale("length", axis, "ACR", RADII)
 
 
 def numbers_of(result: dict[str, Any]) -> str:
-    """The numbers of a noise without sigma, e.g. ", keep 45"; else nothing."""
-    found = [(name, result.get(name)) for name in NUMBERS]
-    return "".join(f", {name} {value:g}" for name, value in found if value is not None)
+    """The numbers of a noise but sigma, e.g. ", keep 45", and the radius asked for."""
+    found = {name.removeprefix("fixed_"): result.get(name) for name in NUMBERS}
+    return "".join(
+        f", {k} {value:g}" for k, value in found.items() if value is not None
+    )
 
 
 def grid_of(scale: Scale, radius: np.ndarray) -> np.ndarray:
