@@ -56,6 +56,33 @@ def test_the_jacobian_of_a_layer_has_norm_at_most_1(name, seed):
     assert norm > 0.3  # the bound is not empty either
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_constant_of_a_layer_is_computed_in_full_precision(name):
+    """All products but those with x, on GPUs and TPUs too."""
+    layer = LAYERS[name]
+    x = jnp.zeros(IMAGE if "conv" in name else (24,))
+    variables = layer.init(KEY, x)
+    walked = jax.make_jaxpr(layer.apply)(variables, x)
+    products = [e for e in _equations(walked.jaxpr) if "precision" in e.params]
+    full = [_is_full(e.params["precision"]) for e in products]
+    with_x = 2 if "sll" in name else 1
+    assert full.count(False) == with_x
+    assert full.count(True) == (2 if "sll" in name else 1)
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in equation.params.values():
+            if hasattr(inner, "jaxpr"):
+                yield from _equations(inner.jaxpr)
+
+
+def _is_full(precision):
+    highest = jax.lax.Precision.HIGHEST
+    return precision in (highest, (highest, highest))
+
+
 def test_sorting_and_space_to_depth_only_move_entries():
     x = jax.random.normal(KEY, IMAGE)
     for y in (group_sort(x), space_to_depth(x)):

@@ -98,10 +98,11 @@ def _gram(kernel: Array) -> Array:
     """[out, out]: sums over offsets of the absolute overlaps of a kernel's outputs.
 
     The row sums bound those of |W W^T|, W the whole linear map, whatever its padding
-    and its strides, which only leave rows and columns out.
+    and its strides, which only leave rows and columns out. In full precision: what GPUs
+    and TPUs take by default would make the norm of a layer exceed 1.
     """
     if kernel.ndim == 2:
-        return jnp.abs(kernel.T @ kernel)
+        return jnp.abs(jnp.matmul(kernel.T, kernel, precision=EXACT))
     height, width, _, _ = kernel.shape
     overlaps = jax.lax.conv_general_dilated(
         kernel.transpose(3, 0, 1, 2),
@@ -109,7 +110,7 @@ def _gram(kernel: Array) -> Array:
         (1, 1),
         [(height - 1, height - 1), (width - 1, width - 1)],
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=jax.lax.Precision.HIGHEST,
+        precision=EXACT,
     )
     return jnp.sum(jnp.abs(overlaps), axis=(1, 2))
 
@@ -172,13 +173,14 @@ class SLL(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         log_q = self.param("log_q", nn.initializers.zeros, (self.features,))
         q = jnp.exp(log_q)
-        bounds = jnp.matmul(_gram(weights), q) / q
+        bounds = jnp.matmul(_gram(weights), q, precision=EXACT) / q
         y = _same(x, weights)
         y = jax.nn.relu(y + _along(bias, y)) / _along(jnp.maximum(bounds, TINY), y)
         return x - 2.0 * _same(y, _transposed(weights))
 
 
 TINY = 1e-12
+EXACT = jax.lax.Precision.HIGHEST
 
 
 def _weights(module: nn.Module, x: Array, features: int, kernel: int | None) -> Array:
