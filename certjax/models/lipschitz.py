@@ -172,8 +172,9 @@ class SLL(nn.Module):
         weights = _weights(self, x, self.features, self.kernel)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         log_q = self.param("log_q", nn.initializers.zeros, (self.features,))
-        q = jnp.exp(log_q)
-        bounds = jnp.matmul(_gram(weights), q, precision=EXACT) / q
+        # q_j / q_i, of which neither must underflow; above exp(80) all are alike
+        ratios = jnp.exp(jnp.minimum(log_q[None] - log_q[:, None], 80.0))
+        bounds = jnp.sum(_gram(weights) * ratios, axis=1)
         y = _same(x, weights)
         y = jax.nn.relu(y + _along(bias, y)) / _along(jnp.maximum(bounds, TINY), y)
         return x - 2.0 * _same(y, _transposed(weights))
