@@ -23,6 +23,7 @@ from experiments.settings import (
     read,
     TrainSettings,
 )
+from experiments.smoothing_labels import invented_labels
 from experiments.train import step_of
 
 
@@ -64,7 +65,8 @@ def estimate(settings: TrainSettings) -> Estimate:
     shape = (8, 8, 1) if name == "digits" else data.KNOWN[name].shape
     rng, batch = np.random.default_rng(0), settings.schedule.batch
     images = rng.integers(0, 256, (batch, *shape), np.uint8)
-    labels = rng.integers(0, settings.data.classes, batch).astype(np.int32)
+    classes = rng.integers(0, settings.data.classes, batch).astype(np.int32)
+    labels = invented_labels(settings.objective, classes, settings.data.classes)
     clock = Clock.of(settings.schedule, range(SIZES[name]))
     model, optimizer = model_of(settings.model), optimizer_of(settings.optimizer, clock)
     step = step_of(settings, model, optimizer, clock, images[0])

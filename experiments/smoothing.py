@@ -81,6 +81,7 @@ Record = dict[str, Any]
 class SmoothingSettings(Selection):
     """The config of `experiments.certify` with a smoothing certifier.
 
+    indices: positions in the split, or a slice of them, e.g. 0:60000:2.
     parts: directories of other certifications, whose records are taken over.
     """
 
@@ -95,7 +96,7 @@ class SmoothingSettings(Selection):
     n: int | None = None
     alpha: float | None = None
     radius: float | None = None
-    indices: tuple[int, ...] | None = None
+    indices: tuple[int, ...] | str | None = None
     parts: tuple[str, ...] = ()
     split: Literal["test", "train"] = "test"
     batch: int = 1000
@@ -261,7 +262,8 @@ def _chosen(settings: SmoothingSettings, trained: Trained) -> Examples:
             limit=settings.max,
             seed=settings.seed,
         )
-    count, asked = len(examples.labels), settings.indices
+    count = len(examples.labels)
+    asked = _positions(settings.indices, count)
     if (
         not asked
         or len(set(asked)) < len(asked)
@@ -269,9 +271,20 @@ def _chosen(settings: SmoothingSettings, trained: Trained) -> Examples:
     ):
         raise build.ConfigError(
             f"indices must be distinct positions in the {count} examples of the "
-            f"split, got {list(asked)}; e.g. indices=[0,20,40]"
+            f"split, got {settings.indices}; e.g. indices=[0,20,40] or indices=0:100:2"
         )
-    return Examples(*(array[list(asked)] for array in examples))
+    return Examples(*(array[asked] for array in examples))
+
+
+def _positions(indices: tuple[int, ...] | str, count: int) -> list[int]:
+    """The positions as they are; of a slice such as 0:60000:2; [] of other words."""
+    if not isinstance(indices, str):
+        return list(indices)
+    with contextlib.suppress(ValueError):
+        ends = [int(end) if end else None for end in indices.split(":")]
+        if 2 <= len(ends) <= 3:
+            return list(range(count)[slice(*ends)])
+    return []
 
 
 def _about(settings: SmoothingSettings, trained: Trained) -> Record:

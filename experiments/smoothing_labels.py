@@ -39,6 +39,13 @@ def smoothed_labels(objective: Objective, labels: np.ndarray) -> Any:
     return SmoothedLabel(labels, _shares(Path(objective.votes), len(labels)))
 
 
+def invented_labels(objective: Objective, labels: np.ndarray, classes: int) -> Any:
+    """Labels for a try of the objective without data: all votes for the class."""
+    if name_of(objective.loss) not in NEEDED:
+        return labels
+    return SmoothedLabel(labels, np.eye(classes, dtype=np.float32)[labels])
+
+
 def _shares(folder: Path, count: int) -> np.ndarray:
     """[N, K] float32 shares of the votes."""
     rows = runs.read_lines(folder / RECORDS)
