@@ -32,6 +32,7 @@ from experiments.runs import append_lines, finite, keep_lines, Stopped
 Bounds = Callable[[Classifier], Callable[[Threat, Array], Interval]]
 Record = dict[str, Any]
 STREAM = zlib.crc32(b"evaluation")
+FLAGS = {"nan", "outside"}  # true of a record if any method says so
 
 
 class Weights(NamedTuple):
@@ -186,8 +187,15 @@ def evaluate(task: Evaluation, file: Path, stop: Callable[[], int]) -> list[Reco
       Stopped: a signal came; what is finished is in the file.
     """
     weights = checkpoint.digest(task.weights)[:12]
-    done = keep_lines(file, lambda row: row.get("weights") == weights)
-    found = {row["index"]: row for row in done}
+    pairs = zip(task.examples.index, task.examples.labels, strict=True)
+    labels = {int(i): int(label) for i, label in pairs}
+
+    def alike(row: Record) -> bool:
+        """Is it of this network and these data?"""
+        label = labels.get(row.get("index"))
+        return row.get("weights") == weights and row.get("label", -1) == label
+
+    found = {row["index"]: row for row in keep_lines(file, alike)}
     clean, total = _clean(task), len(task.examples.index)
     with progress("evaluate", total=total, done=len(found)) as advance:
         for unit in _units(clean.correct, task.batch):
@@ -241,7 +249,7 @@ def _judge(task: Evaluation, unit: np.ndarray, clean: _Clean) -> list[Record]:
 
 
 def _judged(task: Evaluation, positions: np.ndarray) -> list[Record]:
-    """The fields of every method for correct examples; "nan" if any method met one."""
+    """The fields of every method for correct examples; flags if any raised them."""
     if not len(positions):
         return []
     rows = Examples(*(array[positions] for array in task.examples))
@@ -250,7 +258,8 @@ def _judged(task: Evaluation, positions: np.ndarray) -> list[Record]:
         found = judge_batch(
             method, task.weights, rows, seed=task.seed, batch=task.batch
         )
-        columns |= found | {"nan": columns["nan"] | found["nan"]}
+        both = FLAGS & columns.keys() & found.keys()
+        columns |= found | {name: columns[name] | found[name] for name in both}
     names, values = columns.keys(), zip(*columns.values(), strict=True)
     return [
         {name: _plain(value) for name, value in zip(names, row, strict=True)}

@@ -1,6 +1,7 @@
 """`certify` and `attack` on a finished run, the report, and the evaluation's claims."""
 
 import dataclasses
+import json
 import math
 from functools import partial
 
@@ -130,6 +131,23 @@ def test_an_interrupted_evaluation_continues_bit_for_bit(trained, tmp_path, cut)
     assert file.read_bytes() == b"".join(lines)
 
 
+def test_records_of_other_data_are_made_again(trained, tmp_path):
+    """Of another network, of other examples at the same positions, or of nothing."""
+    task = task_of(trained, batch=8)
+    task = task._replace(examples=few(task.examples, 10))
+    whole = evaluated(task, tmp_path)
+    file = tmp_path / "certificates.jsonl"
+    foreign = [{"label": 10}, {"weights": "x"}, {"index": 99}, {"index": None}]
+    for change in foreign:
+        rows = [whole[0] | change | {"certified": "!"}, *whole[1:5]]
+        nothing = {"weights": whole[0]["weights"]}
+        runs.write_text(
+            file, "".join(json.dumps(row) + "\n" for row in [nothing, *rows])
+        )
+        assert evaluated(task, tmp_path) == whole
+        assert len(runs.read_lines(file)) == len(whole)
+
+
 def test_select():
     rows = np.arange(10)
     examples = Examples(rows, rows, rows)
@@ -235,6 +253,21 @@ def test_an_attack_that_leaves_its_set_is_found(tmp_path):
     method = attacking.attack_method(Linear(), made, Linf(0.1))
     rows = evaluated(task._replace(methods=(method,)), tmp_path)
     assert not results.consistency(rows, comparable=True)["consistent"]
+
+
+@pytest.mark.parametrize("name", ["nan", "outside"])
+def test_a_flag_of_one_method_is_not_lowered_by_the_next(tmp_path, name):
+    def method(**raised):
+        def judge(weights, eps, keys, xs, labels):
+            fields = {"nan": False, "outside": False} | raised
+            return {k: jnp.full(len(labels), v) for k, v in fields.items()}
+
+        return Method(judge, 0.1, {"outside": False})
+
+    task = poisoned([[1.0, 0.0], [0.0, 0.5]])
+    methods = (method(), method(**{name: True}), method(), task.methods[0])
+    rows = evaluated(task._replace(methods=methods), tmp_path)
+    assert all(row[name] for row in rows)
 
 
 def test_only_correct_examples_are_judged(tmp_path):
