@@ -161,6 +161,7 @@ def work(config: dict[str, Any], launched: Launch) -> None:
         take_over(task, settings.parts, run.path / RECORDS)
         rows = certify_all(task, run.path / RECORDS, stop)
         result = judging.about_training(trained.settings) | summary(rows)
+        result["train_seed"] = trained.settings.seed  # `seed` is that of the noise
         result["data_sha256"] = judging.dataset_of(trained.settings.data).sha256
         result["seconds"] = {
             "evaluate": time.monotonic() - began,
@@ -321,14 +322,14 @@ def take_over(task: Task, parts: Iterable[str], file: Path) -> None:
     Raises:
       RunError: a directory has no records, or some that were made in another way.
     """
-    known = {row["index"] for row in _already(task.about, file)}
+    known = {row["index"] for row in _already(task, file)}
     missing = {int(i) for i in task.examples.index} - known
     for folder in parts:
         source = Path(folder) / RECORDS
         if not source.is_file():
             raise RunError(f"no {source}; parts= are directories of certifications")
         rows = runs.read_lines(source)
-        _check_alike(task.about, rows, source)
+        _check_alike(task, rows, source)
         found = {row["index"]: row for row in rows if row["index"] in missing}
         runs.append_lines(file, list(found.values()))
         missing -= found.keys()
@@ -341,7 +342,7 @@ def certify_all(task: Task, file: Path, stop: Callable[[], int]) -> list[Record]
       Stopped: a signal came; what is finished is in the file.
       RunError: the file holds records that were made in another way.
     """
-    found = {row["index"]: row for row in _already(task.about, file)}
+    found = {row["index"]: row for row in _already(task, file)}
     index = [int(i) for i in task.examples.index]
     todo = [at for at, i in enumerate(index) if i not in found]
     with _progress(len(index), found) as advance:
@@ -355,7 +356,7 @@ def certify_all(task: Task, file: Path, stop: Callable[[], int]) -> list[Record]
     return [found[i] for i in index]
 
 
-def _already(about: Record, file: Path) -> list[Record]:
+def _already(task: Task, file: Path) -> list[Record]:
     """The whole lines of the file, all made in the same way as ours; no torn ones."""
     if not file.is_file():
         return []
@@ -363,13 +364,17 @@ def _already(about: Record, file: Path) -> list[Record]:
     rows = runs.keep_lines(file, lambda row: "index" in row)
     if len(rows) < lines:
         console.warn(f"{lines - len(rows)} torn lines of {file} are made again")
-    _check_alike(about, rows, file)
+    _check_alike(task, rows, file)
     return rows
 
 
-def _check_alike(about: Record, rows: list[Record], file: Path) -> None:
+def _check_alike(task: Task, rows: list[Record], file: Path) -> None:
+    """Refuse records that were made in another way, or of other data."""
+    pairs = zip(task.examples.index, task.examples.labels, strict=True)
+    labels = {int(i): int(label) for i, label in pairs}
     for row in rows:
-        for name, value in about.items():
+        label = labels.get(row.get("index"), row.get("label"))  # of ours, if it is one
+        for name, value in (task.about | {"label": label}).items():
             if row.get(name) != value:
                 raise RunError(
                     f"{file} was written with {name} = {row.get(name)}, now it is "

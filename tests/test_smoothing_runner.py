@@ -121,6 +121,7 @@ def test_a_record_repeats_its_certificate(first):
 
 def test_the_result_is_that_of_the_records(first):
     result, rows = numbers(first), rows_of(first)
+    assert (result["seed"], result["train_seed"]) == (0, 0)
     radii = [row["radius"] if row["correct"] else 0.0 for row in rows]
     assert result["acr"] == pytest.approx(np.mean(radii))
     for radius, share in zip(result["radii"], result["certified_at"], strict=True):
@@ -255,6 +256,19 @@ def test_certificates_of_two_kinds_do_not_mix(trained, first, tmp_path, words):
     with pytest.raises(RunError, match=rf"written with {name} = .*must not mix"):
         smoothing.certify_all(task_of(trained, *words), file, lambda: 0)
     assert file.read_bytes() == (first / "certificates.jsonl").read_bytes()
+
+
+def test_records_of_other_data_do_not_mix(trained, first, tmp_path):
+    file = tmp_path / "certificates.jsonl"
+    rows = rows_of(first)
+    rows[3]["label"] += 1
+    runs.append_lines(file, rows)
+    with pytest.raises(RunError, match=r"written with label = .*must not mix"):
+        smoothing.certify_all(task_of(trained), file, lambda: 0)
+    others = tmp_path / "others.jsonl"
+    with pytest.raises(RunError, match=r"written with label = .*must not mix"):
+        smoothing.take_over(task_of(trained), [str(tmp_path)], others)
+    assert not others.exists()
 
 
 def test_nan_logits_certify_nothing_and_are_reported(trained, tmp_path, capsys):
