@@ -9,14 +9,13 @@ with the flipped kernel or, on the CPU, a matrix product where that is faster), 
 """
 
 import functools
-import itertools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from certjax.transposed import input_gradient
 from certjax.types import Array, Classifier
 from certjax.walk import Equation, evaluate, primitives, trace
 
@@ -102,134 +101,24 @@ _convolution.defvjp(_forward, _backward)
 
 def _input_gradient(static: _Static, shape: tuple, rhs: Array, g: Array) -> Array:
     """The gradient towards the input, in the form that is fast where it runs."""
-    allowed = static.scatter and jax.default_backend() == "cpu"
-    if allowed and _scatters_faster(static.params, shape, rhs, g):
-        return _scattered(static.params, shape, rhs, g)
-    return _gathered(static.params, shape, rhs, g)
+    scattered = _scattered_axes(static, shape, rhs, g)
+    return input_gradient(static.params, shape, rhs, g, scattered=scattered)
 
 
-def _scatters_faster(params: dict, shape: tuple, rhs: Array, g: Array) -> bool:
-    """Would `_gathered` mostly multiply zeros, or have too few channels to fill?
+def _scattered_axes(static: _Static, shape: tuple, rhs: Array, g: Array) -> int:
+    """How many image axes to scatter over: all, the rows, or none.
 
-    It visits every kernel tap at each input position, `_scattered` at each output
-    position. Measured on two cores: 1.1 to 18 times as fast for strides of 2, 2 to 4
-    times for 1 and 3 input channels, 2 times for 169 inputs of 100 outputs; but
-    0.7 to 0.9 times where stride is 1 and inputs and outputs are as many.
+    Measured on two cores, against none. All: 1.1 to 18 times as fast for strides of 2,
+    2 to 4 times for 1 and 3 input channels. Rows, which need the memory of a kernel
+    column and not of all taps: 1.3 to 2.4 times where there are 1.2 times as many rows
+    of inputs as of outputs, or up to 20 channels and any more rows; but 0.8 times for
+    1.08 times the rows and 128 channels.
     """
-    numbers = params["dimension_numbers"]
-    inputs = math.prod(shape[axis] for axis in numbers.lhs_spec[2:])
-    outputs = math.prod(g.shape[axis] for axis in numbers.out_spec[2:])
-    return rhs.shape[numbers.rhs_spec[1]] < 8 or inputs > 1.3 * outputs
-
-
-def _scattered(params: dict, shape: tuple, rhs: Array, g: Array) -> Array:
-    """One matrix product to all kernel taps, each then added where it came from."""
-    numbers = params["dimension_numbers"]
-    out_channel, in_channel, *space = numbers.rhs_spec
-    batch, out, *places = numbers.out_spec
-    kernel = jnp.transpose(rhs, (out_channel, *space, in_channel))
-    g = jnp.transpose(g, (batch, *places, out))
-    parts = jnp.tensordot(g, kernel, 1, precision=params["precision"])
-    axes = _axes(params, shape, g)
-    phases: dict[tuple, list[Array]] = {}
-    for tap in itertools.product(*(range(rhs.shape[axis]) for axis in space)):
-        phase = tuple(axis.phase(t) for axis, t in zip(axes, tap, strict=True))
-        pads = [axis.shift(t) for axis, t in zip(axes, tap, strict=True)]
-        part = parts[(slice(None),) * (1 + len(space)) + tap]
-        phases.setdefault(phase, []).append(_padded(part, pads))
-    total = jnp.zeros(
-        (g.shape[0], *(axis.inputs for axis in axes), parts.shape[-1]), parts.dtype
-    )
-    for phase, shifted in phases.items():
-        pads = [axis.interleave(r) for axis, r in zip(axes, phase, strict=True)]
-        if all(axis.places(r) for axis, r in zip(axes, phase, strict=True)):
-            total += _padded(functools.reduce(jnp.add, shifted), pads)
-    first, channel, *rest = numbers.lhs_spec
-    order = sorted(range(total.ndim), key=lambda i: (first, *rest, channel)[i])
-    return jnp.transpose(total, order)
-
-
-class _Axis(NamedTuple):
-    """One image axis of `_scattered`: where a tap's products belong.
-
-    Tap t of output i came from input `stride * i + dilation * t - before`. Taps of the
-    same remainder, or phase, are added before they are spread `stride` apart.
-    """
-
-    inputs: int
-    outputs: int
-    stride: int
-    dilation: int
-    before: int
-
-    def _offset(self, tap: int) -> tuple[int, int]:
-        return divmod(self.dilation * tap - self.before, self.stride)
-
-    def places(self, phase: int) -> int:
-        return -((phase - self.inputs) // self.stride)
-
-    def phase(self, tap: int) -> int:
-        return self._offset(tap)[1]
-
-    def shift(self, tap: int) -> tuple[int, int, int]:
-        """Padding that moves a tap's products to their places among the phase's."""
-        low, phase = self._offset(tap)
-        return low, self.places(phase) - self.outputs - low, 0
-
-    def interleave(self, phase: int) -> tuple[int, int, int]:
-        """Padding that spreads the places of a phase over the inputs."""
-        used = (self.places(phase) - 1) * self.stride + 1
-        return phase, self.inputs - phase - used, self.stride - 1
-
-
-def _axes(params: dict, shape: tuple, g: Array) -> list[_Axis]:
-    """The image axes of a convolution; g is [batch, ..., channels]."""
-    sizes = [shape[axis] for axis in params["dimension_numbers"].lhs_spec[2:]]
-    return [
-        _Axis(*numbers)
-        for numbers in zip(
-            sizes,
-            g.shape[1:-1],
-            params["window_strides"],
-            params["rhs_dilation"],
-            [before for before, _ in params["padding"]],
-            strict=True,
-        )
-    ]
-
-
-def _padded(part: Array, pads: list[tuple[int, int, int]]) -> Array:
-    zero = jnp.zeros((), part.dtype)
-    return jax.lax.pad(part, zero, [(0, 0, 0), *pads, (0, 0, 0)])
-
-
-def _gathered(params: dict, shape: tuple, rhs: Array, g: Array) -> Array:
-    """One convolution of g.
-
-    With output stride s, g is dilated by s; the kernel is flipped in space and its
-    input and output channels change places.
-    """
-    numbers = params["dimension_numbers"]
-    out_channel, in_channel, *space = numbers.rhs_spec
-    kernel = jnp.swapaxes(jnp.flip(rhs, space), out_channel, in_channel)
-    padding = []
-    for i, (before, _) in enumerate(params["padding"]):
-        reach = params["rhs_dilation"][i] * (rhs.shape[space[i]] - 1) + 1
-        size = shape[numbers.lhs_spec[2 + i]]
-        spread = (
-            params["window_strides"][i] * (g.shape[numbers.out_spec[2 + i]] - 1) + 1
-        )
-        low = reach - 1 - before
-        padding.append((low, size + reach - 1 - spread - low))
-    return jax.lax.conv_general_dilated(
-        g,
-        kernel,
-        window_strides=(1,) * len(space),
-        padding=padding,
-        lhs_dilation=params["window_strides"],
-        rhs_dilation=params["rhs_dilation"],
-        dimension_numbers=jax.lax.ConvDimensionNumbers(
-            numbers.out_spec, numbers.rhs_spec, numbers.lhs_spec
-        ),
-        precision=params["precision"],
-    )
+    numbers = static.params["dimension_numbers"]
+    channels = rhs.shape[numbers.rhs_spec[1]]
+    if jax.default_backend() != "cpu":
+        return 0
+    if max(static.params["window_strides"]) > 1 or channels < 4:
+        return (len(shape) - 2) if static.scatter else 0
+    taller = shape[numbers.lhs_spec[2]] / max(g.shape[numbers.out_spec[2]], 1)
+    return int(taller >= 1.2 or (taller > 1.0 and channels <= 20))

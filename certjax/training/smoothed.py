@@ -33,7 +33,9 @@ def _draw(noise: Any, key: Key, x: Array, draws: int) -> Array:
 
 def _around(f: Classifier, x: Array, noises: Array) -> Array:
     """[S, K] logits at x under each noise."""
-    return jax.vmap(lambda noise: f(x + noise))(noises)
+    # XLA:CPU would add up the noises' gradients inside the slow sum over kernel taps:
+    # the barrier makes a step of an attack a quarter faster
+    return jax.vmap(lambda noise: f(jax.lax.optimization_barrier(x + noise)))(noises)
 
 
 def _terms(loss: Array, logits: Array, label: Array) -> Terms:
