@@ -9,7 +9,7 @@ examples, is bold.
 """
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from experiments.smoothing_scales import NUMBERS, numbers_of, Scale, scale_of
 
 
 SETTING = ("dataset", "norm", "noise", "sigma", "n", "alpha", "examples", "certifier")
-SETTING += NUMBERS
+SETTING += ("split", *NUMBERS)
 TRAINED = ("name", "model", "objective", "train_sigma", "recipe")
 HEADER = ("data", "noise", "sigma", "n", "alpha", "examples x seeds", "run", "training")
 
@@ -47,14 +47,21 @@ def is_smoothed(result: dict[str, Any]) -> bool:
 
 
 def rows_of(results: Iterable[dict[str, Any]]) -> list[Row]:
-    """One row for each group of certifications that differ in their seeds only."""
+    """One row for each group of certifications that differ in their training's seed.
+
+    A network that was certified twice, with other noise, makes two rows, not two seeds.
+    """
     groups: dict[Setting, list[dict[str, Any]]] = defaultdict(list)
+    seen: Counter[Setting] = Counter()
     for result in results:
-        groups[tuple(result.get(key) for key in SETTING + TRAINED)].append(result)
+        key = tuple(result.get(key) for key in SETTING + TRAINED)
+        network = (*key, result.get("weights"))
+        groups[*key, seen[network]].append(result)
+        seen[network] += 1
     ordered = sorted(groups.items(), key=lambda item: tuple(map(str, item[0])))
     return [
         Row(
-            dict(zip(SETTING + TRAINED, key, strict=True)),
+            dict(zip(SETTING + TRAINED, key, strict=False)),
             scale_of(group[0]),
             [_mean_of(result) for result in group],
             [_shares_of(result) for result in group],
@@ -166,7 +173,7 @@ def _named(row: Row) -> list[str]:
     number = lambda key: "" if about[key] is None else f"{about[key]:g}"
     trials = "" if about["n"] is None else f"{about['n']:,}"
     return [
-        about["dataset"] or "",
+        (about["dataset"] or "") + (" train" if about["split"] == "train" else ""),
         (about["noise"] or about["certifier"] or "") + numbers_of(about),
         number("sigma"),
         trials,

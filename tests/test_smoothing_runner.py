@@ -24,6 +24,7 @@ from experiments import (
     report,
     runs,
     smoothing,
+    smoothing_report,
     suites,
     suites_smoothing,
     train,
@@ -361,6 +362,17 @@ def test_the_report_merges_runs_and_logs(trained, first, tmp_path, capsys):
     assert picture.stat().st_size > 10_000
     report.main([str(log.parent), "--latex"])
     assert r"\textbf{" in capsys.readouterr().out
+
+
+def test_only_seeds_of_the_training_make_one_row(first):
+    result = numbers(first)
+    twice = result | {"seed": 1}  # the same network under other noise
+    other = result | {"weights": "another", "seed": 1}
+    train = other | {"split": "train"}
+    rows = smoothing_report.rows_of([result, twice, other, train])
+    assert sorted(len(row.means) for row in rows) == [1, 1, 2]
+    table = smoothing_report.cells(rows, str, "±")
+    assert sorted(line[0] for line in table) == ["digits", "digits", "digits train"]
 
 
 def test_every_printed_radius_is_at_most_the_stored_one(first):
