@@ -36,7 +36,7 @@ def smoothed_labels(objective: Objective, labels: np.ndarray) -> Any:
         )
     if objective.votes is None:
         return labels
-    return SmoothedLabel(labels, _shares(Path(objective.votes), len(labels)))
+    return SmoothedLabel(labels, _shares(Path(objective.votes), labels))
 
 
 def invented_labels(objective: Objective, labels: np.ndarray, classes: int) -> Any:
@@ -46,14 +46,16 @@ def invented_labels(objective: Objective, labels: np.ndarray, classes: int) -> A
     return SmoothedLabel(labels, np.eye(classes, dtype=np.float32)[labels])
 
 
-def _shares(folder: Path, count: int) -> np.ndarray:
+def _shares(folder: Path, labels: np.ndarray) -> np.ndarray:
     """[N, K] float32 shares of the votes."""
     rows = runs.read_lines(folder / RECORDS)
     found = {row["index"]: row for row in rows if row.get("split") == "train"}
-    if len(found) != count:
+    known = [found.get(i, {}).get("label", label) for i, label in enumerate(labels)]
+    if len(found) != len(labels) or not np.array_equal(known, labels):
         raise RunError(
-            f"{folder} holds the votes of {len(found)} of {count} training examples; "
-            f"make (or finish) them with `{HOW}`"
+            f"{folder} holds the votes of {len(found)} of {len(labels)} training "
+            f"examples, or those of other data; make (or finish) them with `{HOW}`"
         )
-    counts = np.asarray([found[i]["counts"] for i in range(count)], np.float32)
-    return counts / np.float32(rows[0]["n"])
+    counts = np.asarray([found[i]["counts"] for i in range(len(labels))], np.float32)
+    lost = np.asarray([found[i].get("invalid", 0) for i in range(len(labels))])
+    return counts / (counts.sum(axis=1) + lost.astype(np.float32))[:, None]

@@ -31,6 +31,8 @@ from experiments import (
 )
 from experiments.build import ConfigError
 from experiments.runs import RunError
+from experiments.settings import Objective
+from experiments.smoothing_labels import smoothed_labels
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -400,15 +402,35 @@ def test_cat_rs_learns_from_the_votes_on_the_training_images(trained, tmp_path):
     few = certified(trained, "split=train", "n=64", "n0=64", "max=3")
     with pytest.raises(RunError, match="votes of 3 of 1433 training examples"):
         run(train.work, *words, f"objective.votes={few}")
+    labels = smoothing.judging.examples_of(
+        smoothing.judging.finished_training(str(trained), None).settings.data, "train"
+    ).labels.tolist()
     shares = np.eye(10)[np.arange(1433) % 10] * 0.7 + 0.03
     lines = [
-        {"index": i, "split": "train", "n": 1000, "counts": (1000 * row).tolist()}
-        for i, row in enumerate(shares)
+        {"index": i, "split": "train", "label": y, "counts": (1000 * row).tolist()}
+        for i, (y, row) in enumerate(zip(labels, shares, strict=True))
     ]
-    (tmp_path / "votes").mkdir()
+    for other in ("votes", "others"):
+        (tmp_path / other).mkdir()
+    mixed = [*lines[:-1], lines[-1] | {"label": 10}]
+    runs.append_lines(tmp_path / "others" / "certificates.jsonl", mixed)
+    with pytest.raises(RunError, match="or those of other data"):
+        run(train.work, *words, f"objective.votes={tmp_path / 'others'}")
     runs.append_lines(tmp_path / "votes" / "certificates.jsonl", lines)
     run(train.work, *words, f"objective.votes={tmp_path / 'votes'}", "fresh=true")
     assert numbers(only(tmp_path))["objective"] == "catrs"
+
+
+def test_shares_are_of_the_votes_that_each_image_got(tmp_path):
+    """Their number may differ, and a NaN is a vote for nothing."""
+    rows = [
+        {"index": 1, "split": "train", "label": 0, "counts": [6, 2], "invalid": 2},
+        {"index": 0, "split": "train", "label": 1, "counts": [1, 3], "invalid": 0},
+    ]
+    runs.append_lines(tmp_path / "certificates.jsonl", rows)
+    objective = Objective({"_target_": "certjax.training.catrs"}, votes=str(tmp_path))
+    found = smoothed_labels(objective, np.array([1, 0]))
+    np.testing.assert_allclose(found.probabilities, [[0.25, 0.75], [0.6, 0.2]])
 
 
 def test_batch_norm_is_that_of_noisy_images(tmp_path):
