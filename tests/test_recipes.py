@@ -22,6 +22,7 @@ TINY = {  # networks whose kind the objective or the certificate depends on
     "linf_distance_net": {"hidden": [4]},
     "sortnet": {"hidden": [4]},
 }
+SIZES = {"pixels": 64, "keep": 8, "width": 2}  # of what a noise shows of a digit
 
 
 def shrunk(name: str) -> dict:
@@ -39,6 +40,7 @@ def shrunk(name: str) -> dict:
     for spans in (objective.get("ramps") or {},):
         objective["ramps"] = {path: [0, 0.3] for path in spans}
     few_steps(objective["loss"])
+    small_noise(objective["loss"].get("noise", {}))
     return (
         config | {"curve_points": 0, "max": 8, "eval_batch": 8} | small_judges(config)
     )
@@ -49,6 +51,9 @@ def tiny_model(config: dict) -> dict:
     node = {"_target_": "certjax.models.mlp", "classes": 10}
     if kind in TINY:
         return node | {"_target_": config["model"]["_target_"]} | TINY[kind]
+    if kind in {"Ablated", "ablated_cnn"}:
+        network = node | {"hidden": [8]}
+        return {"_target_": "certjax.models.Ablated", "network": network}
     behind = config["objective"]["loss"].get("behind", 0)
     return node | {"hidden": [8] * (behind + 1), "batch_norm": "bn" in kind}
 
@@ -59,6 +64,26 @@ def few_steps(node: dict) -> None:
             few_steps(value)
         elif key in ("steps", "restarts", "draws"):
             node[key] = min(value, 2)
+
+
+def small_noise(node: dict) -> None:
+    """Whole numbers only: a `keep` below 1 is a probability."""
+    for key in SIZES.keys() & node.keys():
+        node[key] = min(node[key], SIZES[key])
+
+
+def votes_of(folder: Path) -> str:
+    """A certification of the training digits, every vote for the label."""
+    labels = data.load("digits").y_train.tolist()
+    counts = 100 * np.eye(10, dtype=int)[labels]
+    runs.append_lines(
+        folder / "certificates.jsonl",
+        [
+            {"index": i, "split": "train", "n": 100, "counts": row}
+            for i, row in enumerate(counts.tolist())
+        ],
+    )
+    return str(folder)
 
 
 def small_judges(config: dict) -> dict:
@@ -108,6 +133,8 @@ def test_two_steps_of_a_recipe_of_each_kind(name):
 def test_a_recipe_from_its_start_to_its_result(name, tmp_path):
     config = shrunk(name) | {"tracking": composed("tracking=disabled")["tracking"]}
     config["paths"] = {"runs": str(tmp_path)}
+    if "catrs" in name:
+        config["objective"]["votes"] = votes_of(tmp_path)
     train.work(config, Launch((), None))
     result = runs.read_json(only(tmp_path) / "result.json")
     assert result["examples"] == 8
