@@ -205,6 +205,37 @@ def test_nan_is_never_certified_and_is_counted(tmp_path, bad):
         assert results.summary(rows)["nan"] == 4
 
 
+@pytest.mark.parametrize(
+    ("backend", "chosen", "used"),
+    [
+        ("cpu", None, None),
+        ("tpu", None, "highest"),
+        ("gpu", None, "highest"),
+        ("gpu", "tensorfloat32", "tensorfloat32"),
+    ],
+)
+def test_no_device_cuts_the_factors_of_a_bound(
+    tmp_path, monkeypatch, backend, chosen, used
+):
+    seen = set()
+
+    class Noting(Linear):
+        def apply(self, variables, x):
+            seen.add(jax.config.jax_default_matmul_precision)
+            return super().apply(variables, x)
+
+    net, task = Noting(), poisoned([[1.0, 0.0], [0.0, 0.5]])
+    methods = (
+        evaluation.certify_method(net, ibp, Linf(0.1)),
+        attacking.attack_method(net, PGD, Linf(0.1)),
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    with jax.default_matmul_precision(chosen):
+        evaluated(task._replace(model=net, methods=methods), tmp_path)
+        evaluation.curve(task._replace(model=net, methods=methods), [0.2])
+    assert seen == {used}
+
+
 def constant(task, **fields):
     """The task with a method that answers the same for every example."""
 
