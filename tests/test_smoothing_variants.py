@@ -22,6 +22,7 @@ from certjax.smoothing import (
     certify_split,
     denoised,
     Gaussian,
+    judge,
     mean_logits,
     percentile_bounds,
     quantized,
@@ -345,6 +346,50 @@ def test_band_and_block_show_exactly_their_pixels():
     assert block.sum() == block[np.ix_([3, 0], [4, 0])].sum() == 4
 
 
+@pytest.mark.parametrize("certifier", [certify_band, certify_block])
+def test_with_a_threshold_a_position_votes_for_several_classes_or_none(certifier):
+    """Logits of the share that is seen: [bright, dark, half as sure as bright]."""
+
+    def f(shown):
+        light, dark = jnp.sum(shown[..., :1]), jnp.sum(shown[..., 1:])
+        share = light / (light + dark)
+        return jnp.log(jnp.stack([share, 0.9 * share, 0.1 - 0.05 * share]))
+
+    positions = 7 if certifier is certify_band else 35
+    image = jnp.full((5, 7, 1), 0.8)  # 0.8, 0.72 and 0.06 of 1.58
+    for threshold, votes_of in ((0.4, [1, 1, 0]), (0.5, [1, 0, 0]), (0.6, [0, 0, 0])):
+        result = certifier(f, image, width=1, threshold=threshold)
+        np.testing.assert_array_equal(result.counts, positions * np.asarray(votes_of))
+        assert result.invalid == 0
+        assert (result.size > 0) == (votes_of == [1, 0, 0])
+    broken = certifier(lambda z: f(z) * jnp.nan, image, width=1, threshold=0.4)
+    assert (broken.invalid, broken.counts.sum()) == (positions, 0)
+    with pytest.raises(ValueError, match=r"threshold must lie in \(0, 1\), got 1"):
+        certifier(f, image, width=1, threshold=1.0)
+
+
+@pytest.mark.parametrize("certifier", [certify_band, certify_block])
+@pytest.mark.parametrize("threshold", [None, 0.3])
+def test_random_patches_never_change_a_certified_vote(certifier, threshold):
+    """Random networks on random images, patches of random values of every position."""
+    weights = jax.random.normal(jax.random.key(8), (3, 2 * 6 * 6)) * 1.5
+    f = jax.tree_util.Partial(lambda w, z: jnp.tanh(w @ z.reshape(-1)) * 3, weights)
+    how, tried = {"width": 1, "threshold": threshold}, 0
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        image = rng.random((6, 6, 1)).astype(np.float32)
+        result = certifier(f, jnp.asarray(image), **how)
+        for row in range(7 - result.size) if result.size else ():
+            column, patched = int(rng.integers(7 - result.size)), image.copy()
+            m = result.size
+            colors = rng.choice([0.0, 1.0], (m, m, 1))
+            patched[row : row + m, column : column + m] = colors
+            again = certifier(f, jnp.asarray(patched), **how)
+            assert again.prediction == result.prediction
+            tried += 1
+    assert tried
+
+
 @pytest.mark.parametrize("width", [0, 5])
 def test_bad_width(width):
     with pytest.raises(ValueError, match=r"width.*got"):
@@ -434,6 +479,20 @@ def test_radius_pays_for_the_distance_to_the_exact_law():
         assert noise.radius(p, size) >= exact - 3e-3 * (p > 0.5)
     with pytest.raises(ValueError, match=r"size=x.size, got None"):
         noise.radius(0.9)
+
+
+def test_a_majority_within_the_distance_to_the_exact_law_is_none():
+    noise, size, n = QuantizedGaussian(1.0), 150_528, 2**30
+    wins = next(
+        k
+        for k in range(n // 2 + 50_000, n)
+        if judge(np.array([1, 0]), np.array([k, n - k]), NOISE, 2, 1, n, 0.001).radius
+    )
+    found = judge(
+        np.array([1, 0]), np.array([wins, n - wins]), noise, size, 1, n, 0.001
+    )
+    assert found.p_lower > 0.5
+    assert (found.prediction, found.radius) == (ABSTAIN, 0.0)
 
 
 def test_8_bit_certificate_says_what_it_guarantees():

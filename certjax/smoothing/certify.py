@@ -122,7 +122,8 @@ def judge(
     guess = int(np.argmax(counts0))
     p_lower = proportion_lower(int(counts[guess]), n, alpha)
     radius = noise.radius(p_lower, size)
-    proved = more_than_half(p_lower) and radius < np.inf  # of pixels, perhaps 0
+    counted = noise.norm == "l0" and more_than_half(p_lower)  # pixels, perhaps 0
+    proved = (counted or radius > 0) and radius < np.inf
     return SmoothedCertificate(
         prediction=guess if proved else ABSTAIN,
         radius=radius if proved else 0.0,
