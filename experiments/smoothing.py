@@ -54,7 +54,7 @@ from experiments.evaluation import as_input, Examples, select
 from experiments.judging import RECORDS, Trained
 from experiments.runs import Run, RunError, Stopped
 from experiments.settings import check_shown, name_of, Node, Selection
-from experiments.smoothing_scales import grid_of, scale_of
+from experiments.smoothing_scales import grid_of, NUMBERS, scale_of
 from experiments.tracking import Tracker, Tracking, tracking
 
 
@@ -64,7 +64,7 @@ STREAM = zlib.crc32(b"smoothing")
 SHARED = ("certifier", "noise", "sigma", "train_sigma", "n0", "n", "alpha", "levels")
 SHARED += ("width", "keep", "pixels", "norm", "guarantee", "split", "seed", "dtype")
 SHARED += ("block", "generator", "weights", "train_noise", "rounds", "give_up")
-SHARED += ("fixed_radius",)
+SHARED += ("fixed_radius", "threshold")
 EXAMPLES = {
     "sigma": "sigma=0.25 (a standard deviation in input units)",
     "keep": "certifier.noise.keep=45",
@@ -183,7 +183,8 @@ def completed(config: dict[str, Any], trained: Node) -> dict[str, Any]:
     """
     certifier = config["certifier"]
     own = certifier.get("noise", certifier)
-    found = {name: trained.get(name) for name, value in own.items() if value is None}
+    empty = [name for name in EXAMPLES if name in own and own[name] is None]
+    found = {name: trained.get(name) for name in empty}
     for name, value in found.items():
         if value is None:
             raise build.ConfigError(
@@ -502,7 +503,7 @@ def title_of(result: dict[str, Any]) -> str:
     """The network and the certifier in one or two lines."""
     numbers = [
         f"{name} {result[name]:g}"
-        for name in ("sigma", "n0", "n", "alpha", "levels", "width", "keep")
+        for name in ("sigma", "n0", "n", "alpha", *NUMBERS)
         if result.get(name) is not None
     ]
     trained = result.get("train_sigma")

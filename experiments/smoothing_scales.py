@@ -15,7 +15,7 @@ COUNTED = {
 }
 
 
-NUMBERS = ("levels", "width", "keep", "fixed_radius")
+NUMBERS = ("levels", "width", "threshold", "keep", "fixed_radius")
 
 
 class Scale(NamedTuple):

@@ -35,6 +35,7 @@ ABLATED += ("objective.loss.noise.pixels=64", "model=ablated_cnn")
 ABLATED += ("optimizer.learning_rate=0.003", "schedule.epochs=3", "schedule.drops=[2]")
 BAND = ("certifier=patch_band", "certifier.width=2", "max=8")
 BLOCK = ("certifier=patch_block", "certifier.width=4", "max=8")
+BLOCK += ("certifier.threshold=null",)
 L0 = ("certifier=ablation", "n=1000", "max=8")
 RADIUS = ("certifier=smoothing_radius", "radius=0.3", "certifier.rounds=[200,1000]")
 RADIUS += ("max=12",)
@@ -102,7 +103,10 @@ def test_a_patch_touches_fewer_positions_than_the_class_leads_by(made, kind, tou
         fits = [m for m in range(1, 9) if 2 * min(8, m + more) ** touched <= lead]
         assert row["prediction"] == np.argmax(counts)
         assert row["radius"] == row["size"] == max(fits, default=0)
-        assert sum(row["counts"]) + row["invalid"] == 8**touched
+        assert row["threshold"] == (0.2 if kind == "band" else None)
+        assert 0 <= min(row["counts"]) <= max(row["counts"]) <= 8**touched
+        if row["threshold"] is None:
+            assert sum(row["counts"]) + row["invalid"] == 8**touched
         assert row["norm"] == "patch"
         assert row["guarantee"].startswith("floating point")
         assert row["train_noise"] == "Ablation, keep 24, pixels 64"
@@ -226,6 +230,7 @@ def test_a_killed_certification_goes_on(made, kind, tmp_path, request, capsys):
     ("kind", "word"),
     [
         ("band", "certifier.width=3"),
+        ("band", "certifier.threshold=0.3"),
         ("l0", "certifier.noise.keep=20"),
         ("radius", "radius=0.4"),
         ("radius", "certifier.rounds=[100,1000]"),
@@ -323,7 +328,7 @@ def test_each_kind_of_radius_has_a_table_of_its_own(made, tmp_path, capsys):
     text = {name: table for table in tables for name in titles if f" {name} " in table}
     assert "| Ablation, keep 24 |" in text["l0"]
     assert "| Discrete, levels 4, keep 0.9 |" in text["l0"]
-    assert "| certify_band, width 2 |" in text["patch"]
+    assert "| certify_band, width 2, threshold 0.2 |" in text["patch"]
     assert "| certify_block, width 4 |" in text["patch"]
     (line,) = [t for t in text["samples"].splitlines() if "radius 0.3" in t]
     result = numbers(made["radius"])

@@ -16,7 +16,7 @@ import numpy as np
 from certjax.smoothing.confidence import check_trials
 from certjax.smoothing.noise import FLOAT
 from certjax.smoothing.splitting import lead
-from certjax.smoothing.votes import count_range, Forward
+from certjax.smoothing.votes import count_range, Forward, top_class
 from certjax.types import Array, Classifier, Key
 
 
@@ -25,7 +25,8 @@ class PatchCertificate(NamedTuple):
 
     prediction: the class with the most votes; ties go to the lower class.
     size: largest m in pixels; 0: none.
-    counts: [K] int64, votes of all positions.
+    counts: [K] int64, votes of all positions; with a threshold a position may vote for
+      several classes, or for none.
     invalid: positions with a NaN logit.
     guarantee: the arithmetic of the theorem.
     """
@@ -88,8 +89,28 @@ class Block:
         return _block(self.width, jax.random.randint(key, (), 0, rows * columns), x)
 
 
+@dataclass(frozen=True)
+class _Vote:
+    """For the top class, or for all of at least this probability; last: is it NaN?"""
+
+    threshold: float | None
+
+    def __call__(self, logits: Array) -> Array:
+        nan = jnp.any(jnp.isnan(logits))
+        found = top_class(logits)
+        if self.threshold is not None:
+            found = ~nan & (jax.nn.softmax(logits) >= self.threshold)
+        return jnp.append(found, nan)
+
+
 def certify_band(
-    f: Classifier, x: Array, *, width: int, batch: int = 1000, **how: Any
+    f: Classifier,
+    x: Array,
+    *,
+    width: int,
+    threshold: float | None = None,
+    batch: int = 1000,
+    **how: Any,
 ) -> PatchCertificate:
     """Certify the vote of all W bands of `width` columns, which wrap around.
 
@@ -99,21 +120,30 @@ def certify_band(
       f: classifier of `visible` images [H, W, 2 C].
       x: [H, W, C] in [0, 1].
       width: columns of a band.
+      threshold: a band votes for every class of at least this softmax probability, so
+        that an empty one may abstain; None: for its top class.
       batch, **how: as `votes`.
 
     Raises:
-      ValueError: x is no image, or width not in [1, W].
+      ValueError: x is no image, width not in [1, W], or threshold not in (0, 1).
 
     Source: Levine & Feizi 2020, "(De)randomized smoothing for certifiable defense
     against patch attacks", arXiv:2002.10733.
     """
     columns = _sides(x, width)[1]
     touched = lambda m: min(columns, m + width - 1)
-    return _certify(f, (_band, width), x, columns, touched, batch, how)
+    rule = (_band, width, threshold)
+    return _certify(f, rule, x, columns, touched, batch, how)
 
 
 def certify_block(
-    f: Classifier, x: Array, *, width: int, batch: int = 1000, **how: Any
+    f: Classifier,
+    x: Array,
+    *,
+    width: int,
+    threshold: float | None = None,
+    batch: int = 1000,
+    **how: Any,
 ) -> PatchCertificate:
     """Certify the vote of all H W blocks of width x width pixels, which wrap around.
 
@@ -121,7 +151,8 @@ def certify_block(
     """
     rows, columns = _sides(x, width)
     touched = lambda m: min(rows, m + width - 1) * min(columns, m + width - 1)
-    return _certify(f, (_block, width), x, rows * columns, touched, batch, how)
+    rule = (_block, width, threshold)
+    return _certify(f, rule, x, rows * columns, touched, batch, how)
 
 
 def _sides(x: Array, width: int) -> tuple[int, int]:
@@ -137,20 +168,28 @@ def _sides(x: Array, width: int) -> tuple[int, int]:
 
 def _certify(
     f: Classifier,
-    shape: tuple[Callable, int],
+    rule: tuple[Callable, int, float | None],
     x: Array,
     positions: int,
     touched: Callable[[int], int],
     batch: int,
     how: dict[str, Any],
 ) -> PatchCertificate:
-    mask, width = shape
-    counts = count_range(f, mask, width, x, positions, batch, Forward(**how))
+    mask, width, threshold = rule
+    if threshold is not None and not 0 < threshold < 1:
+        raise ValueError(
+            f"threshold must lie in (0, 1), got {threshold}; it is the probability at "
+            "which a position votes for a class, in the paper 0.2 or 0.3"
+        )
+    vote = _Vote(threshold)
+    how = Forward(**how)
+    found = count_range(f, mask, width, x, positions, batch, how, vote=vote)
+    counts, invalid = found[:-1], int(found[-1])
     winner = int(np.argmax(counts))
     spare = lead(counts, winner)
     sides = range(1, min(np.shape(x)[:2]) + 1)
     size = max((m for m in sides if 2 * touched(m) <= spare), default=0)
-    return PatchCertificate(winner, size, counts, positions - int(counts.sum()), FLOAT)
+    return PatchCertificate(winner, size, counts, invalid, FLOAT)
 
 
 def _near(start: Array, width: Array, side: int) -> Array:

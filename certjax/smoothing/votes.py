@@ -24,6 +24,9 @@ AXIS = "samples"
 Draw: TypeAlias = Callable[[Any, Array, Array], Array]
 """`draw(source, i, x) -> z`: the i-th noisy copy of x; `source` is a pytree."""
 
+Vote: TypeAlias = Callable[[Array], Array]
+"""`vote(logits) -> [V] bool`: what is counted of a copy."""
+
 
 class Forward(NamedTuple):
     """How a forward pass is computed; the keywords of `votes` and `certify`.
@@ -85,7 +88,7 @@ def _draw_keyed(source: tuple[Key, Any], i: Array, x: Array) -> Array:
     return noise.sample(jax.random.fold_in(key, i), x)
 
 
-def count_range(
+def count_range(  # noqa: PLR0913 - as `votes`, and what is drawn and counted
     f: Classifier,
     draw: Draw,
     source: Any,
@@ -93,8 +96,13 @@ def count_range(
     n: int,
     batch: int = 1000,
     how: Forward = Forward(),  # noqa: B008 - a tuple
+    *,
+    vote: Vote | None = None,
 ) -> np.ndarray:
-    """Count the predictions on `draw(source, i, x)` for i in 0..n-1; see `votes`."""
+    """Count the predictions on `draw(source, i, x)` for i in 0..n-1; see `votes`.
+
+    vote: hashable, what else than the top class is counted; [V] counts.
+    """
     for name, number in (("n", n), ("batch", batch), ("block", how.block)):
         check_trials(name, number)
     how = how._replace(dtype=jnp.dtype(how.dtype))
@@ -107,12 +115,23 @@ def count_range(
     arrays = [leaf if _is_array(leaf) else None for leaf in leaves]
     operands = (arrays, source, jnp.asarray(x, jnp.float32))
     count = partial(
-        _count_blocks, (tree, static), draw, how, _replicate(operands, how.mesh), n
+        _count_blocks,
+        (tree, static),
+        (draw, vote or top_class),
+        how,
+        _replicate(operands, how.mesh),
+        n,
     )
     total = np.int64(0)
     for first in range(0, last, stride):
         total = total + np.asarray(count(first, min(first + stride, last)))
     return total
+
+
+def top_class(logits: Array) -> Array:
+    """[K] bool: the class of the largest logit; none where one is NaN."""
+    valid = ~jnp.any(jnp.isnan(logits))
+    return valid & (jnp.arange(logits.size) == jnp.argmax(logits))
 
 
 def _is_array(leaf: Any) -> bool:
@@ -158,22 +177,22 @@ def _replicate(tree: Any, mesh: Mesh | None) -> Any:
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _count_blocks(
     function: tuple,
-    draw: Draw,
+    rule: tuple[Draw, Vote],
     how: Forward,
     operands: tuple,
     n: Array,
     first: Array,
     last: Array,
 ) -> Array:
-    """[K] int32: the votes of blocks first..last-1, samples >= n masked out."""
+    """[V] int32: the votes of blocks first..last-1, samples >= n masked out."""
     if how.mesh is None:
-        classify = _classifier(function, draw, how.dtype, operands)
-        return _count_steps(classify, how.block, n, first, last, 1)
+        voter = _voter(function, rule, how.dtype, operands)
+        return _count_steps(voter, how.block, n, first, last, 1)
 
     def local(operands: tuple, n: Array, first: Array, last: Array) -> Array:
-        classify = _classifier(function, draw, how.dtype, operands)
+        voter = _voter(function, rule, how.dtype, operands)
         mine = first + jax.lax.axis_index(AXIS)
-        counts = _count_steps(classify, how.block, n, mine, last, how.mesh.size)
+        counts = _count_steps(voter, how.block, n, mine, last, how.mesh.size)
         return jax.lax.psum(counts, AXIS)
 
     everywhere = PartitionSpec()
@@ -187,18 +206,21 @@ def _count_blocks(
     return spread(operands, n, first, last)
 
 
-def _classifier(
-    function: tuple, draw: Draw, dtype: np.dtype, operands: tuple
+def _voter(
+    function: tuple, rule: tuple[Draw, Vote], dtype: np.dtype, operands: tuple
 ) -> Callable[[Array], Array]:
-    """`classify(i) -> logits` of the i-th noisy copy."""
+    """`voter(i) -> [V] bool` of the i-th noisy copy."""
     (tree, static), (arrays, source, x) = function, operands
     pairs = zip(arrays, static, strict=True)
     f = jax.tree.unflatten(tree, [s if a is None else a for a, s in pairs])
-    return lambda i: f(draw(source, i, x).astype(dtype))
+    draw, vote = rule
+    classify = lambda i: f(draw(source, i, x).astype(dtype))
+    _check_classes(classify)
+    return lambda i: vote(classify(i))
 
 
 def _count_steps(
-    classify: Callable[[Array], Array],
+    voter: Callable[[Array], Array],
     block: int,
     n: Array,
     first: Array,
@@ -206,22 +228,20 @@ def _count_steps(
     step: int,
 ) -> Array:
     """The votes of blocks first, first + step, ... below last."""
-    classes = jnp.arange(_classes(classify))
 
-    def vote(i: Array) -> Array:
-        logits = classify(i)
-        valid = (i < n) & ~jnp.any(jnp.isnan(logits))
-        return valid & (classes == jnp.argmax(logits))
+    def counted(i: Array) -> Array:
+        return (i < n) & voter(i)
 
     def add_block(turn: Array, counts: Array) -> Array:
         index = (first + turn * step) * block + jnp.arange(block)
-        return counts + jnp.sum(jax.vmap(vote)(index), axis=0, dtype=jnp.int32)
+        return counts + jnp.sum(jax.vmap(counted)(index), axis=0, dtype=jnp.int32)
 
     steps = (last - first + step - 1) // step
-    return jax.lax.fori_loop(0, steps, add_block, jnp.zeros(classes.shape, jnp.int32))
+    zero = jnp.zeros(jax.eval_shape(voter, 0).shape, jnp.int32)
+    return jax.lax.fori_loop(0, steps, add_block, zero)
 
 
-def _classes(classify: Callable[[Array], Array]) -> int:
+def _check_classes(classify: Callable[[Array], Array]) -> None:
     logits = jax.eval_shape(classify, 0)
     shape = getattr(logits, "shape", logits)
     if len(shape) != 1 or not shape[0]:
@@ -229,4 +249,3 @@ def _classes(classify: Callable[[Array], Array]) -> int:
             f"f must return [K] logits of one example, got {shape}; batches are made "
             "here: write lambda z: model(z[None])[0]"
         )
-    return shape[0]
