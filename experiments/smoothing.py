@@ -12,7 +12,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,8 +28,6 @@ from certjax.smoothing import (
     ABSTAIN,
     Band,
     Block,
-    certify_band,
-    certify_block,
     generator,
     sample_mesh,
 )
@@ -72,6 +69,7 @@ EXAMPLES = {
     "levels": "certifier.noise.levels=256",
     "width": "certifier.width=4",
 }
+HIDING = {"certify_band": Band, "certify_block": Block}  # what they show of an image
 EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 
 Record = dict[str, Any]
@@ -199,11 +197,11 @@ def completed(config: dict[str, Any], trained: Node) -> dict[str, Any]:
 
 def _warn_of_other_noise(about: Record) -> None:
     if "train_noise" in about:
-        numbers = [f"{k} {about[k]}" for k in EXAMPLES if k in about]
-        if not set(numbers) <= set((about["train_noise"] or "").split(", ")):
+        trained, words = about["train_noise"] or "no noise", _words_of(about)
+        if not set(words) <= set(trained.split(", ")):
             console.warn(
-                f"the network was trained with {about['train_noise'] or 'no noise'} "
-                f"and is certified with {', '.join(numbers)}; every record says so"
+                f"the network was trained with {trained} and is certified with "
+                f"{', '.join(words)}; every record says so"
             )
         return
     trained, sigma = about["train_sigma"], about["sigma"]
@@ -215,11 +213,19 @@ def _warn_of_other_noise(about: Record) -> None:
         )
 
 
+def _words_of(about: Record) -> list[str]:
+    """What a network sees of an image, e.g. ["Band", "width 4"]."""
+    hiding = HIDING.get(about["certifier"])
+    kind = about.get("noise") or (hiding and hiding.__name__)
+    numbers = [f"{name} {about[name]}" for name in EXAMPLES if name in about]
+    return [kind, *numbers] if kind else numbers
+
+
 def task_of(settings: SmoothingSettings, trained: Trained) -> Task:
     """The certifier of the config around the trained network, and the examples."""
     certifier = build.build(settings.certifier, where="certifier")
     examples = _chosen(settings, trained)
-    show = _shown(certifier)
+    show = _shown(name_of(settings.certifier), certifier.keywords)
     check_shown(trained.model, show, examples.images[0], where="certifier")
     variables = {"params": trained.weights.params}
     if trained.weights.statistics:
@@ -236,12 +242,11 @@ def task_of(settings: SmoothingSettings, trained: Trained) -> Task:
     return Task(certify, examples, _about(settings, trained))
 
 
-def _shown(certifier: partial) -> Callable[..., jax.Array]:
+def _shown(certifier: str, numbers: dict[str, Any]) -> Callable[..., jax.Array]:
     """`show(key, x)`: something that the network sees instead of x."""
-    given, kinds = certifier.keywords, {certify_band: Band, certify_block: Block}
-    if certifier.func in kinds:
-        return kinds[certifier.func](given["width"]).sample
-    return given["noise"].sample if "noise" in given else lambda _, x: x
+    if certifier in HIDING:
+        return HIDING[certifier](numbers["width"]).sample
+    return numbers["noise"].sample if "noise" in numbers else lambda _, x: x
 
 
 def _keys(seed: int, certifier: Callable[..., Any]) -> Callable[[int], dict[str, Any]]:

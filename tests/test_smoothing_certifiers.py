@@ -162,7 +162,7 @@ def test_another_noise_than_in_training_is_warned_of(ablated, capsys):
     certified(ablated, *L0, "certifier.noise.keep=16", "n=64", "max=1")
     said = capsys.readouterr().err.replace("\n", " ")
     assert "trained with Ablation, keep 24, pixels 64 and is certified with" in said
-    assert "keep 16" in said
+    assert "with Ablation, keep 16, pixels 64; every" in said
 
 
 # ---- refusals and interruptions
