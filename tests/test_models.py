@@ -29,6 +29,7 @@ PARAMETERS = {  # name: (input, parameters as in the papers' code)
     "cnn4_bn": ((28, 28, 1), 818_218),
     "cnn7_bn": ((28, 28, 1), 13_259_338),
     "lenet": ((28, 28, 1), 431_080),
+    "ablated_cnn": ((28, 28, 1), 3_320_922),
     "resnet20": ((32, 32, 3), 272_474),
     "resnet110": ((32, 32, 3), 1_730_714),
 }
@@ -54,6 +55,17 @@ def test_small_images_are_accepted(name):
 def test_too_small_image_names_the_layer_and_a_way_out():
     with pytest.raises(ValueError, match=r"conv_1: a 4x4 .* got shape .*cnn4_bn"):
         models.dm_small().init(KEY, XS[0])
+
+
+def test_an_image_is_shown_whole_to_a_network_of_ablated_images():
+    net = models.Ablated(models.mlp(hidden=(5,)))
+    variables = net.init(KEY, XS[0])
+    shown = jnp.concatenate([XS[0], 1 - XS[0]], axis=-1)
+    np.testing.assert_array_equal(
+        net.apply(variables, XS[0]), net.apply(variables, shown)
+    )
+    with pytest.raises(ValueError, match=r"image of 1 channels.*got \(8, 8, 3\)"):
+        net.apply(variables, jnp.zeros((8, 8, 3)))
 
 
 def test_normalization_is_the_first_layer():

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from scipy import special
 
-from certjax.smoothing import Gaussian
+from certjax.smoothing import Ablation, Band, Block, Discrete, Gaussian
 from certjax.training import cross_entropy
 from certjax.training.smoothed import (
     catrs,
     consistency,
     gaussian_augmentation,
     macer,
+    noise_augmentation,
     noisy_copy,
     noisy_ddn,
     noisy_pgd,
@@ -269,3 +270,16 @@ def test_batch_norm_sees_the_copies_that_augmentation_trains_on():
     gaussian_augmentation(NOISE)(KEY, lambda z: seen.append(z) or f(z), X, LABEL)
     z = noisy_copy(None, noise=NOISE)(KEY, f, X, LABEL)
     np.testing.assert_array_equal(z, seen[0])
+
+
+@pytest.mark.parametrize(
+    "noise", [Ablation(5, 16), Band(2), Block(2), Discrete(0.8, 4)], ids=repr
+)
+def test_noise_augmentation_sees_what_the_noise_shows(noise):
+    image = jnp.linspace(0, 1, 16).reshape(4, 4, 1)
+    shown = noise.sample(KEY, image)
+    weights = jax.random.normal(jax.random.key(3), (3, shown.size))
+    f = lambda z: weights @ z.reshape(-1)  # of what is shown, not of an image
+    terms = noise_augmentation(noise).terms(KEY, f, image, LABEL)
+    assert terms.loss == pytest.approx(float(cross_entropy(f(shown), LABEL)), rel=1e-5)
+    assert terms.metrics["noisy_accuracy"] == (jnp.argmax(f(shown)) == LABEL)
