@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runners import composed, numbers, only, run
+from runners import composed, CONF, numbers, only, run
 
 from certjax.smoothing import Ablation, Discrete, Gaussian, judge
 from certjax.smoothing.confidence import proportion_lower, split_alpha
-from experiments import certify, report, runs, smoothing, train
+from experiments import build, certify, report, runs, smoothing, train
 from experiments.build import ConfigError
 from experiments.runs import RunError
 
@@ -80,6 +80,27 @@ def made(gaussian, ablated):
     found = {name: certified(ablated, *words) for name, words in kinds.items()}
     found |= {"radius": certified(gaussian, *RADIUS)}
     return found | {"shades": certified(gaussian, *SHADES)}
+
+
+# ---- configs
+
+CERTIFIERS = sorted(
+    path.stem
+    for path in (CONF / "certifier").glob("*.yaml")
+    if "certjax.smoothing." in path.read_text().partition("_target_:")[2]
+)
+
+
+@pytest.mark.parametrize("name", CERTIFIERS)
+def test_every_certifier_of_smoothed_classifiers_can_be_built(name):
+    words = ("radius=0.5",) if name == "smoothing_radius" else ()
+    config = composed("run=x", f"certifier={name}", *words, config="certify")
+    known = {"sigma": 0.25, "width": 4, "pixels": 784, "levels": 2}
+    known["keep"] = 0.8 if name == "discrete" else 45
+    config = smoothing.completed(config, known)
+    assert smoothing.is_smoothing(config["certifier"])
+    made = build.build(config["certifier"], where="certifier")
+    assert build.accepts(made, "x")
 
 
 # ---- records
