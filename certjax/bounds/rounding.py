@@ -70,14 +70,37 @@ def sound_ibp(f: Callable[[PyTree], PyTree]) -> Callable[[Threat, PyTree], Inter
     """
 
     def bound(threat: Threat, x: PyTree) -> Interval:
-        graph, tree = trace(f, x)
-        graph = composite.fuse_activations(graph)
+        graph, tree = graph_of(f, x)
         env = environment(graph, sound_step, *domain(threat, x))
         outputs = outputs_of(graph, env)
         lower, upper = (jax.tree.unflatten(tree, e) for e in zip(*outputs, strict=True))
         return Interval(lower, upper)
 
     return bound
+
+
+def graph_of(f: Callable, x: PyTree) -> tuple[Graph, Any]:
+    """The traced function, its activations fused, and the tree of its output.
+
+    `stop_gradient` is left out: it is the identity, but its derivative, with which
+    coefficients are pulled back, is not.
+    """
+    graph, tree = trace(f, x)
+    graph = composite.fuse_activations(graph)
+    names: dict[Any, Any] = {}
+    name = lambda atom: names.get(atom, atom)
+    kept = []
+    for equation in graph.equations:
+        inputs = tuple(map(name, equation.inputs))
+        if (
+            equation.primitive is p.stop_gradient_p
+            and equation.inputs[0] in graph.depends
+        ):
+            names[equation.outputs[0]] = inputs[0]
+        else:
+            kept.append(equation._replace(inputs=inputs))
+    outputs = tuple(map(name, graph.outputs))
+    return graph._replace(equations=tuple(kept), outputs=outputs), tree
 
 
 def sound_step(equation: Equation, values: list) -> list:
@@ -848,14 +871,14 @@ def _absolute(
     def g(*values: Array) -> list[Array]:
         local = dict(zip(cut, values, strict=True))
 
-        def value(atom: Any) -> Any:
+        def value(atom: Any, primitive: Any = None) -> Any:
             known = isinstance(atom, Node)
             if known and atom in local:
                 return local[atom]
-            return coefficient_size(env[atom] if known else atom.value)
+            return coefficient_size(env[atom] if known else atom.value, primitive)
 
         for equation in tail:
-            operands = [value(atom) for atom in equation.inputs]
+            operands = [value(atom, equation.primitive) for atom in equation.inputs]
             local.update(
                 zip(equation.outputs, absolute_step(equation, operands), strict=True)
             )
@@ -864,11 +887,25 @@ def _absolute(
     return g
 
 
-def coefficient_size(constant: Any) -> Any:
-    """Its magnitude, so large that a relative error covers a flush to zero."""
-    if not is_float(jnp.result_type(constant)):
-        return constant
-    return _flushed(jnp.asarray(constant), 1)
+def coefficient_size(value: Any, primitive: Any) -> Any:
+    """Magnitude of a constant, so large that a relative error covers its flush to zero.
+
+    And what chains of factors may lose (see `_mul`, `_div`); NaN: anything.
+
+    Args:
+      value: a constant, or an interval that encloses one.
+      primitive: of the equation that reads it.
+    """
+    if not isinstance(value, Interval) and not is_float(jnp.result_type(value)):
+        return value
+    x = _enclosed(value)
+    size, unit = _flushed(magnitude(x), 1), format_of(x.lower.dtype).unit
+    if primitive not in (p.mul_p, p.div_p):
+        return size
+    small, large = _least(x) < 1 / CHAIN, magnitude(x) > CHAIN
+    if primitive is p.mul_p:
+        return jnp.where(large, jnp.nan, jnp.where(small, size / unit, size))
+    return jnp.where(small | large, jnp.nan, size)
 
 
 def absolute_step(equation: Equation, sizes: list) -> list[Array]:

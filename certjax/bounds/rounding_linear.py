@@ -16,6 +16,7 @@ will do, and get an offset that is proved on a grid with a bound on the second
 derivative. An equation with neither gives way to the two ends of its enclosure.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from certjax.bounds import composite, patches, rounding, slopes
-from certjax.bounds.affine import BILINEAR, is_affine
+from certjax.bounds.affine import BILINEAR, is_affine, MIXING
 from certjax.bounds.chunks import in_chunks, rows_that_fit
 from certjax.bounds.climb import best_of, Climb
 from certjax.bounds.convolution import function_of
@@ -34,9 +35,9 @@ from certjax.bounds.problem import default_share, is_exact
 from certjax.bounds.relax import HALF, relax, SHARED
 from certjax.bounds.rewrite import live
 from certjax.bounds.rounding import Thin
-from certjax.threat import Threat
+from certjax.threat import L2, Threat
 from certjax.types import Array, Interval, PyTree
-from certjax.walk import Equation, Graph, Node, primitives as p, read, trace
+from certjax.walk import Equation, Graph, Node, primitives as p, read
 
 
 Bound = Callable[[Threat, PyTree], Interval]
@@ -57,7 +58,10 @@ class Lines(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A graph over a threat set, the enclosures of its nodes and the lines so far."""
+    """A graph over a threat set, the enclosures of its nodes and the lines so far.
+
+    apart: node -> how far two evaluations of it by one program may lie apart.
+    """
 
     graph: Graph
     threat: Threat
@@ -65,6 +69,7 @@ class Problem(NamedTuple):
     env: dict[Any, Any]
     lines: dict[int, Lines]
     anchors: dict[Node, Array]
+    apart: dict[Node, Array]
     positions: dict[Node, int]
     slope: Slope
     max_bytes: int
@@ -133,13 +138,13 @@ def sound_crown(
 def _pose(
     f: Callable, threat: Threat, x: PyTree, slope: Slope, max_bytes: int
 ) -> tuple[Problem, Any]:
-    graph, tree = trace(f, x)
-    graph = live(composite.fuse_activations(graph))
+    graph, tree = rounding.graph_of(f, x)
+    graph = live(graph)
     env = dict(zip(graph.inputs, rounding.domain(threat, x), strict=True))
     positions = {o: i for i, e in enumerate(graph.equations) for o in e.outputs}
     anchors = {node: jnp.zeros_like(env[node].lower) for node in graph.inputs}
     settings = (positions, slope, max_bytes)
-    return Problem(graph, threat, x, env, {}, anchors, *settings), tree
+    return Problem(graph, threat, x, env, {}, anchors, {**anchors}, *settings), tree
 
 
 def _solve(problem: Problem, refine: bool) -> None:
@@ -158,6 +163,7 @@ def _solve(problem: Problem, refine: bool) -> None:
         outputs = rounding.sound_step(equation, values)
         problem.env.update(zip(equation.outputs, outputs, strict=True))
         problem.anchors.update(_anchored(problem, i, values))
+        problem.apart.update(_set_apart(problem, equation, values))
 
 
 def _anchored(problem: Problem, i: int, values: list) -> dict[Node, Array]:
@@ -179,6 +185,61 @@ def _anchored(problem: Problem, i: int, values: list) -> dict[Node, Array]:
         return dict(zip(outputs, equation.bind(*full), strict=True))
     floats = [o for o in outputs if rounding.is_float(o.aval.dtype)]
     return {o: jnp.zeros(o.aval.shape, o.aval.dtype) for o in floats}
+
+
+# repeated wherever they are read; the first ones are no steeper than 1
+LEVEL = {p.max_p, p.min_p, p.abs_p, p.clamp_p, composite.hard_tanh}
+CHEAP = {p.mul_p, p.select_n_p, p.square_p, p.integer_pow_p, composite.leaky_relu}
+
+
+def _set_apart(problem: Problem, equation: Equation, values: list) -> dict[Node, Array]:
+    """How far two evaluations of each result may lie apart.
+
+    XLA repeats what is cheap wherever it is read, and combines the constants that it
+    meets there: each evaluation has roundings of its own. Sums of products and costly
+    functions are computed once.
+    """
+    outputs = [o for o in equation.outputs if rounding.is_float(o.aval.dtype)]
+    results = [problem.env[o] for o in outputs]
+    if not (results and isinstance(results[0], Interval)):
+        return {}
+    widths = [v.upper - v.lower for v in results]
+    found = [jnp.zeros_like(width) for width in widths]
+    if isinstance(results[0], Thin) or equation.primitive in CHEAP:
+        found = widths
+    if equation.primitive in LEVEL:
+        found = [sum(_each_apart(problem, equation, values))]
+    elif equation.primitive not in MIXING and _stays_affine(equation, values, results):
+        found = _moved_apart(problem, equation, values)
+    least = [jnp.minimum(*pair) for pair in zip(found, widths, strict=True)]
+    return dict(zip(outputs, least, strict=True))
+
+
+def _each_apart(problem: Problem, equation: Equation, values: list) -> list:
+    """Of every operand; factors stay as they are, other constants lie nowhere else."""
+
+    def of(atom: Any, value: Any) -> Any:
+        constant = not isinstance(value, Interval) or isinstance(value, Thin)
+        if constant and equation.primitive in MULTIPLIES:
+            return rounding.coefficient_size(value, equation.primitive)
+        if isinstance(value, Interval):
+            return problem.apart[atom]
+        floating = rounding.is_float(jnp.result_type(value))
+        return jnp.zeros_like(value) if floating else value
+
+    return [of(*pair) for pair in zip(equation.inputs, values, strict=True)]
+
+
+def _moved_apart(problem: Problem, equation: Equation, values: list) -> list[Array]:
+    """Of the results of an affine equation that sums nothing."""
+    moved = rounding.absolute_step(equation, _each_apart(problem, equation, values))
+    if equation.primitive in ARITHMETIC:
+        sizes = rounding.absolute_step(equation, _sizes(problem, equation, values))
+        gamma, inverse = rounding.growth(6, _coarsest(equation).unit)
+        per = 2 * gamma * (1 + inverse)
+        moved = [v + per * size for v, size in zip(moved, sizes, strict=True)]
+    unit = _coarsest(equation).unit
+    return [v * (1 + 8 * unit) for v in moved]
 
 
 def _stays_affine(equation: Equation, values: list, results: list) -> bool:
@@ -432,7 +493,7 @@ def _charged(problem: Problem, i: int, state: Rows, pulled: Rows) -> Rows:
         if taken is None or not due:
             continue
         if heir is None or heir in rows:
-            error = error + _charge(taken, sum(due[1:], due[0]), 1.0)
+            error = _plus(error, _charge(taken, sum(due[1:], due[0]), 1.0))
         else:
             charges[heir] = sum(due[1:], due[0]).reshape(heir.aval.shape)
     return state._replace(coefficients=rows, error=error, charges=charges)
@@ -496,23 +557,35 @@ def _pull(problem: Problem, i: int, taken: list, share: Array | None) -> Rows | 
 def _add(problem: Problem, state: Rows, equation: Equation, pulled: Rows) -> Rows:
     """The parts join what is known of the operands; each sum is rounded once."""
     sums, charges = dict(state.coefficients), dict(state.charges)
-    error = state.error + pulled.error
-    unit = rounding.format_of(state.value.dtype).unit
+    error = _plus(state.error, pulled.error)
     for i, part in pulled.coefficients.items():
         node = equation.inputs[i]
         known = sums.get(node)
         if known is not None:
-            size = _reach(problem, node)
-            due = charges.pop(node, jnp.zeros_like(size)) + 4 * unit * size
-            error = error + _charge(known, due, 1.0)
-            error = error + _charge(part, 4 * unit * size, 1.0)
+            unit, size = rounding.format_of(node.aval.dtype).unit, _reach(problem, node)
+            own = 4 * unit * size + problem.apart[node]
+            due = charges.pop(node, jnp.zeros_like(size)) + own
+            error = _plus(error, _charge(known, due, 1.0))
+            error = _plus(error, _charge(part, own, 1.0))
+            error = _plus(error, _underflow(size))
             part = patches.plus(known, part)  # noqa: PLW2901
         if part is None:  # windows that do not line up
             return _add(problem, _spread(state), equation, _spread(pulled))
         sums[node] = part
     total = state.value + pulled.value
-    error = (error + 4 * unit * jnp.abs(total)) * (1 + 8 * unit)
-    return Rows(sums, total, error, charges)
+    unit = rounding.format_of(total.dtype).unit
+    return Rows(sums, total, _plus(error, 4 * unit * jnp.abs(total)), charges)
+
+
+def _plus(error: Array, more: Array) -> Array:
+    """Their sum, rounded up."""
+    total = error + more
+    return total * (1 + 4 * rounding.format_of(total.dtype).unit)
+
+
+def _underflow(sizes: Array) -> Array:
+    """What coefficients of such nodes lose when they are flushed to zero."""
+    return 8 * rounding.format_of(sizes.dtype).tiny * (1 + jnp.sum(sizes))
 
 
 def _reach(problem: Problem, node: Node) -> Array:
@@ -579,7 +652,8 @@ def _through_lines(problem: Problem, i: int, lines: Lines, rows: Any) -> Rows:
         jnp.maximum(*(jnp.abs(v).max(0) for v in pair))
         for pair in (lines.slopes, lines.offsets)
     )
-    sizes = steepest * _reach(problem, node) + farthest + jnp.abs(after)
+    reach = _reach(problem, node)
+    sizes = steepest * reach + farthest + jnp.abs(after)
     gamma, _ = rounding.growth(sizes.size + 16, rounding.format_of(sizes.dtype).unit)
     distances = [
         slope * before[None] + offset - after[None]
@@ -597,18 +671,18 @@ def _through_lines(problem: Problem, i: int, lines: Lines, rows: Any) -> Rows:
         else:
             value = value + _weigh(end, distance)
     charge = jnp.maximum(charge, 0.0)
-    return Rows({lines.operand: part}, value, jnp.zeros_like(value), {0: charge})
+    return Rows({lines.operand: part}, value, _underflow(reach), {0: charge})
 
 
 def _to_constants(outputs: list, taken: list) -> Rows:
     """The ends of the enclosures: always true; the anchors are 0."""
-    value, charges = jnp.zeros(()), {}
+    value, charges = jnp.zeros((), outputs[0].lower.dtype), {}
     for k, (rows, x) in enumerate(zip(taken, outputs, strict=True)):
         if rows is None:
             continue
         ends = [_map(partial(cut, 0.0), rows) for cut in (jnp.maximum, jnp.minimum)]
         value = value + sum(map(_contract, ends, x))
-        unit = rounding.format_of(value.dtype).unit
+        unit = rounding.format_of(x.lower.dtype).unit
         gamma, _ = rounding.growth(x.lower.size + 8, unit)
         charges[k] = gamma * rounding.magnitude(x)
     return Rows({}, value, jnp.zeros_like(value), charges)
@@ -666,33 +740,41 @@ def _adjoint_charges(
     backwards = _back_roundings(equation, values, chosen)
     if not (forwards or backwards):
         return {}, jnp.zeros((), dtype)
-    sizes = [
-        _reach(problem, equation.inputs[i]) if i in chosen else _size(v)
-        for i, v in enumerate(values)
-    ]
-    factors = rounding.factor_error(equation)
-    unit = max(
-        rounding.format_of(v.aval.dtype).unit
-        for v in (*equation.inputs, *equation.outputs)
-        if rounding.is_float(v.aval.dtype)
-    )
+    sizes, factors = _sizes(problem, equation, values), rounding.factor_error(equation)
+    unit, tiny, _ = _coarsest(equation)
     gamma, inverse = rounding.growth(forwards + 2, unit, factors)
     back, _ = rounding.growth(backwards + 2, unit, factors)
     per = (2 * gamma + back) * (1 + inverse) * (1 + 8 * unit)
     moved = rounding.absolute_step(equation, sizes)
     charges = {k: per * size for k, size in enumerate(moved)}
+    if not arithmetic:  # copies are added up, which may be evaluated apart
+        copies = [problem.apart[node] for node in equation.outputs]
+        charges = {k: charge + copies[k] for k, charge in charges.items()}
     radii = _thin_radii(equation, values, sizes)
     if radii is not None:
         charges[0] = charges[0] + (1 + 2 * inverse) * (1 + 8 * unit) * radii
-    tiny = rounding.format_of(dtype).tiny
     flushed = sum(jnp.sum(sizes[i]) for i in chosen)
     return charges, 16 * (backwards + 2) * tiny * (1 + flushed)
 
 
-def _size(value: Any) -> Any:
-    if isinstance(value, Interval):
-        return rounding.magnitude(value)
-    return rounding.coefficient_size(value)
+def _sizes(problem: Problem, equation: Equation, values: list) -> list:
+    """Of the operands and their anchors, and of constants."""
+    return [
+        _reach(problem, equation.inputs[i])
+        if on
+        else rounding.coefficient_size(values[i], equation.primitive)
+        for i, on in enumerate(_bounded(equation, values))
+    ]
+
+
+def _coarsest(equation: Equation) -> rounding.Format:
+    """The worst of the formats of an equation's operands and results."""
+    formats = [
+        rounding.format_of(v.aval.dtype)
+        for v in (*equation.inputs, *equation.outputs)
+        if rounding.is_float(v.aval.dtype)
+    ]
+    return rounding.Format(*map(max, zip(*formats, strict=True)))
 
 
 def _thin_radii(equation: Equation, values: list, sizes: list) -> Array | None:
@@ -725,6 +807,8 @@ def _back_roundings(equation: Equation, values: list, chosen: list[int]) -> int:
         return 1 + outputs // operand
     if primitive in (p.gather_p, p.pad_p, p.conv_general_dilated_p):
         return outputs
+    if primitive in (p.add_p, p.sub_p):  # an operand may be one number
+        operand = max(1, min(values[i].lower.size for i in chosen))
     return 0 if outputs <= operand else -(-outputs // operand)
 
 
@@ -736,16 +820,19 @@ def _close(problem: Problem, rows: Rows) -> Array:
     if len(problem.graph.inputs) > 1 or not rows.coefficients:
         rows = _spread(rows)
     leaves = jax.tree.leaves(problem.x)
-    dtype, error = rows.value.dtype, rows.error
-    unit, _, largest = rounding.format_of(dtype)
-    eps = getattr(problem.threat, "eps", 0.0)
+    unit, _, largest = rounding.format_of(rows.value.dtype)
+    error, eps = rows.error, getattr(problem.threat, "eps", 0.0)
     for node, leaf in zip(problem.graph.inputs, leaves, strict=True):
         if node in rows.coefficients:
+            coarse, tiny, _ = rounding.format_of(node.aval.dtype)
+            unit = max(unit, coarse)
             size = rounding.magnitude(problem.env[node])
             size = jnp.maximum(size, jnp.abs(leaf) + jnp.abs(eps))
-            gamma, _ = rounding.growth(2 * leaf.size + 32, unit)
+            gamma, _ = rounding.growth(2 * leaf.size + len(leaves) + 32, coarse)
             due = 2 * gamma * size + rows.charges.get(node, jnp.zeros_like(size))
-            error = error + _charge(rows.coefficients[node], due, 1.0)
+            error = _plus(error, _charge(rows.coefficients[node], due, 1.0))
+            if isinstance(problem.threat, L2):  # squares that are flushed to zero
+                error = _plus(error, 2 * math.sqrt(leaf.size * tiny))
     least = _least(problem, rows)
     total = least + rows.value
     size = jnp.abs(least) + jnp.abs(rows.value) + error
