@@ -339,6 +339,7 @@ def take_over(task: Task, parts: Iterable[str], file: Path) -> None:
         found = {row["index"]: row for row in rows if row["index"] in missing}
         runs.append_lines(file, list(found.values()))
         missing -= found.keys()
+        console.say(f"{len(found)} records taken over from {folder}")
 
 
 def certify_all(task: Task, file: Path, stop: Callable[[], int]) -> list[Record]:

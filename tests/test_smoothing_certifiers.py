@@ -289,6 +289,7 @@ def test_the_records_of_several_machines_are_those_of_one(
     merged = certified(
         trained, *words, "max=12", f"parts=[{','.join(map(str, moved))}]"
     )
+    assert capsys.readouterr().err.count("4 records taken over from") == 3
     theirs = {row["index"]: row for part in moved for row in rows_of(part)}
     assert sorted(theirs) == list(range(12))
     assert sorted(rows_of(merged), key=lambda row: row["index"]) == [
