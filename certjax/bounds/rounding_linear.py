@@ -212,7 +212,8 @@ def _set_apart(problem: Problem, equation: Equation, values: list) -> dict[Node,
     elif equation.primitive not in MIXING and _stays_affine(equation, values, results):
         found = _moved_apart(problem, equation, values)
     least = [jnp.minimum(*pair) for pair in zip(found, widths, strict=True)]
-    return dict(zip(outputs, least, strict=True))
+    # computed once, and not again wherever rows are charged with it
+    return dict(zip(outputs, jax.lax.optimization_barrier(least), strict=True))
 
 
 def _each_apart(problem: Problem, equation: Equation, values: list) -> list:
