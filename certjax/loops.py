@@ -40,6 +40,7 @@ def loopable(f: Classifier, x: Array, *, scatter: bool = True) -> Classifier:
       scatter: on the CPU, allow the form that is faster for strided convolutions and
         few input channels, but holds the products of all kernel taps at once: as many
         times the size of a convolution's input as its kernel has taps, over stride^2.
+        Without, only where that is at most twice the size of its result.
     """
     like = jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
     graph, tree = trace(f, like, keep_custom=True)
@@ -119,6 +120,8 @@ def _scattered_axes(static: _Static, shape: tuple, rhs: Array, g: Array) -> int:
     if jax.default_backend() != "cpu":
         return 0
     if max(static.params["window_strides"]) > 1 or channels < 4:
-        return (len(shape) - 2) if static.scatter else 0
+        outputs = rhs.shape[numbers.rhs_spec[0]]
+        light = rhs.size / outputs <= 2 * outputs  # products per output channel of g
+        return (len(shape) - 2) if static.scatter or light else 0
     taller = shape[numbers.lhs_spec[2]] / max(g.shape[numbers.out_spec[2]], 1)
     return int(taller >= 1.2 or (taller > 1.0 and channels <= 20))
