@@ -561,18 +561,17 @@ def _exact(equation: Equation, *values: Any) -> Any:
 def _reshape(equation: Equation, x: Any) -> Interval:
     """Where a layer is flattened, its rule is kept apart from what reads it."""
     flattens = len(equation.params["new_sizes"]) == 1 < jnp.ndim(x.lower)
-    return _exact(equation, _unfused(x) if flattens else x)
+    return _exact(equation, Interval(*unfused(*x)) if flattens else x)
 
 
-def _unfused(x: Interval) -> Interval:
-    """The same interval, not fused with what reads it: the ends change places twice.
+def unfused(a: Array, b: Array) -> tuple[Array, Array]:
+    """The same pair, not fused with what reads it: they change places twice.
 
-    XLA:CPU does not vectorise a rule that it fuses into a flat array: ten times the
-    time. It does not fuse through a loop; a barrier goes before it fuses.
+    XLA:CPU does not vectorise a long rule that it fuses into a flat array, and repeats
+    it for every row that it is broadcast to: ten times the time. It does not fuse
+    through a loop; a barrier is gone before it fuses.
     """
-    swap = lambda _, ends: ends[::-1]
-    lower, upper = lax.fori_loop(0, 2, swap, (x.lower, x.upper))
-    return x._replace(lower=lower, upper=upper)
+    return lax.fori_loop(0, 2, lambda _, pair: pair[::-1], (a, b))
 
 
 COMPARISONS = (p.gt_p, p.ge_p, p.lt_p, p.le_p, p.argmax_p, p.argmin_p, p.sort_p)

@@ -341,7 +341,8 @@ def _lines(
     def above(slope: Array) -> Array:
         return (high - slope[None] * grid).max(0) + slack + rounded(slope)
 
-    offsets = jax.vmap(below)(sides[0]), jax.vmap(above)(sides[1])
+    offsets = rounding.unfused(jax.vmap(below)(sides[0]), jax.vmap(above)(sides[1]))
+    sides = rounding.unfused(*sides)
     return Lines(operand, sides, offsets, homogeneous)
 
 
