@@ -112,6 +112,7 @@ def _lock(lock: IO[str], run: Run) -> None:
 
 
 def _empty(path: Path) -> None:
+    (path / "done").unlink(missing_ok=True)  # first: killed here, it is not finished
     for entry in path.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)

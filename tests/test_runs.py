@@ -79,6 +79,24 @@ def test_fresh_empties_the_directory_and_nothing_else_does(run):
         assert {p.name for p in run.path.iterdir()} == {".hydra", "lock"}
 
 
+def test_a_run_killed_while_it_is_emptied_is_not_finished(run, monkeypatch):
+    with runs.opened(run, fresh=False):
+        for name in ("certificates.jsonl", "result.json", "done"):
+            runs.write_text(run.path / name, "{}")
+    unlink = Path.unlink
+
+    def unlink_once(path, **how):
+        monkeypatch.setattr(Path, "unlink", lambda *_, **__: pytest.fail("killed"))
+        unlink(path, **how)
+
+    order = sorted(run.path.iterdir())
+    monkeypatch.setattr(Path, "iterdir", lambda _: iter(order))
+    monkeypatch.setattr(Path, "unlink", unlink_once)
+    with pytest.raises(pytest.fail.Exception, match="killed"):
+        runs.opened(run, fresh=True).__enter__()
+    assert not runs.finished(run.path)
+
+
 def test_two_processes_do_not_share_a_run(run):
     with runs.opened(run, fresh=False):
         assert_cannot_open(run, "another process")
