@@ -1,5 +1,6 @@
 """Evaluating a trained network, for all entry points: what, how, and the result."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -364,7 +365,7 @@ def judge_again(
     config = config | {"name": job, "train_run": trained.path.resolve().name}
     run = runs.choose(config, trained.path)
     if runs.finished(run.path) and not config["fresh"]:
-        show_finished(run)
+        show_finished(run, trained.settings.data)
         return
     how = build.settings(Tracking, config["tracking"], where="tracking")
     evaluation = evaluation_of(plan, trained.model, run.path)
@@ -380,7 +381,23 @@ def judge_again(
         finish(run, result, tracker, step=0)
 
 
-def show_finished(run: Run) -> None:
-    """A finished run is shown, not redone."""
+def show_finished(run: Run, wanted: DataSettings) -> None:
+    """A finished run is shown, not redone.
+
+    The folder of the data is no part of what a run is, their content is. Where the data
+    are gone the result is shown as it is.
+
+    Raises:
+      RunError: the run was finished on other data of the same name.
+    """
+    result = runs.read_json(run.path / "result.json")
+    with contextlib.suppress(data.DataError):
+        found, known = dataset_of(wanted).sha256, result.get("data_sha256")
+        if known not in {None, found}:
+            raise RunError(
+                f"{run.path} was finished on other data: {wanted.name} had sha256 "
+                f"{known[:12]}, here it has {found[:12]}; name the folder of those "
+                "data, or do the run again on these with fresh=true"
+            )
     console.say(f"finished before (fresh=true does it again): {run.path}")
-    results.show(runs.read_json(run.path / "result.json"))
+    results.show(result)

@@ -56,12 +56,28 @@ class Run(NamedTuple):
 
 
 def config_hash(config: dict[str, Any]) -> str:
-    """12 hex digits of what a config asks to be done, whatever the place."""
+    """12 hex digits of what a config asks to be done, whatever the place.
+
+    The order of `stages`, of a cascade, is part of it; that of other keys is not.
+    """
     kept = {key: value for key, value in config.items() if key not in UNHASHED}
     if isinstance(kept.get("data"), dict):
         kept["data"] = {k: v for k, v in kept["data"].items() if k != "dir"}
-    text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(_in_order(kept), sort_keys=True, separators=(",", ":"))
     return hashlib.blake2s(text.encode(), digest_size=6).hexdigest()
+
+
+def _in_order(node: Any) -> Any:
+    """The same tree with every mapping of `stages` as a list of pairs."""
+    if isinstance(node, list | tuple):
+        return [_in_order(child) for child in node]
+    if not isinstance(node, dict):
+        return node
+    inner = {key: _in_order(child) for key, child in node.items()}
+    stages = inner.get("stages")
+    if isinstance(stages, dict):
+        inner["stages"] = [[key, child] for key, child in stages.items()]
+    return inner
 
 
 def choose(config: dict[str, Any], root: Path, sweep: str | None = None) -> Run:

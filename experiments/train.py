@@ -84,7 +84,7 @@ def work(config: dict[str, Any], launched: Launch) -> None:
     root = Path(settings.paths.get("runs", "runs"))
     run = runs.choose(config, root, launched.sweep)
     if runs.finished(run.path) and not settings.fresh:
-        show_finished(run)
+        show_finished(run, settings.data)
         return
     job = prepared(settings)
     with (

@@ -67,6 +67,42 @@ def test_certify_repeats_the_run_and_a_smaller_radius_proves_more(trained, capsy
     assert "finished before" in capsys.readouterr().err
 
 
+@pytest.fixture
+def own(tmp_path):
+    """Own data of one name in two folders, and again in a third."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (2, 40, 4, 4, 1), np.uint8)
+    labels = np.arange(40) % 3
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder, xs in zip(folders, (images[0], images[1], images[0]), strict=True):
+        folder.mkdir()
+        arrays = {"x_train": xs, "y_train": labels, "x_test": xs, "y_test": labels}
+        np.savez(folder / "own.npz", **arrays)
+    return folders
+
+
+def test_a_finished_run_on_other_data_of_the_same_name_is_not_shown(
+    own, tmp_path, capsys
+):
+    here, other, moved = own
+    root = tmp_path / "runs"
+    words = (*SMALL, "schedule.batch=20", "data.name=own", "data.classes=3")
+    words += (f"paths.runs={root}",)
+    run(train.work, *words, f"data.dir={here}")
+    path = only(root)
+    place = (f"run={path}", "tracking=disabled")
+    run(certify.work, *place, config="certify")
+    run(train.work, *words, f"data.dir={moved}")
+    run(certify.work, *place, f"data_dir={moved}", config="certify")
+    assert capsys.readouterr().err.count("finished before") == 2
+    with pytest.raises(RunError, match=r"finished on other data.*fresh=true"):
+        run(train.work, *words, f"data.dir={other}")
+    with pytest.raises(RunError, match=r"finished on other data.*fresh=true"):
+        run(certify.work, *place, f"data_dir={other}", config="certify")
+    run(certify.work, *place, f"data_dir={other}", "fresh=true", config="certify")
+    run(train.work, *words, f"data.dir={tmp_path / 'gone'}")  # shown without its data
+
+
 def test_attack_a_subset(trained):
     words = (f"run={trained}", "attack=fgsm", "subset=100", "skip=2", "max=30")
     run(attack.work, *words, "tracking=disabled", config="attack")

@@ -54,6 +54,17 @@ def test_the_hash_does_not_depend_on_the_order_of_keys():
     assert runs.config_hash(dict(reversed(CONFIG.items()))) == runs.config_hash(CONFIG)
 
 
+def test_the_hash_depends_on_the_order_of_stages():
+    stages = {"ibp": {"steps": 1, "sound": True}, "crown": {"lanes": 8}}
+    of = lambda **node: runs.config_hash(CONFIG | {"certifier": node})
+    swapped = dict(reversed(stages.items()))
+    assert of(stages=stages) != of(stages=swapped)
+    assert of(stages=stages | {"crown": {}}) != of(stages=stages)
+    inside = stages | {"ibp": dict(reversed(stages["ibp"].items()))}
+    assert of(stages=stages) == of(stages=inside)
+    assert of(stages=3, other=swapped) == of(other=stages, stages=3)
+
+
 def test_sweeps_have_their_own_folder(tmp_path):
     alone, swept = runs.choose(CONFIG, tmp_path), runs.choose(CONFIG, tmp_path, "seeds")
     assert alone.path == tmp_path / "run" / alone.id
