@@ -99,8 +99,9 @@ def cascade_method(
     """The stages of a config as one method.
 
     The fields of a record:
-      certified: proved by some stage.  robust: no stage broke it.  nan, outside: as of
-      the stages.
+      certified: proved by some stage.  robust: no stage broke it.  nan, outside: of any
+        stage. A NaN under an attack breaks the example; one in a bound proves nothing,
+        and a later bound without one may certify it.
       margin: the best lower bound of the margin; NaN where an attack answered first.
       stage: the stage that answered, "clean" for a misclassified example, or
         "undecided".

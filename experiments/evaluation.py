@@ -264,11 +264,17 @@ def _judge(task: Evaluation, unit: np.ndarray, clean: _Clean) -> list[Record]:
 
 
 def _judged(task: Evaluation, positions: np.ndarray) -> list[Record]:
-    """The fields of every method for correct examples; flags if any raised them."""
+    """The fields of every method for correct examples; flags if any raised them.
+
+    What met a NaN under an attack is not certified, whatever a bound says: the bound is
+    about a function that has logits. A NaN in a bound proves nothing, but refutes
+    nothing either.
+    """
     if not len(positions):
         return []
     rows = Examples(*(array[positions] for array in task.examples))
     columns: dict[str, np.ndarray] = {"nan": np.zeros(len(positions), bool)}
+    lost = columns["nan"]
     for method in task.methods:
         with full_precision():
             found = judge_batch(
@@ -276,6 +282,9 @@ def _judged(task: Evaluation, positions: np.ndarray) -> list[Record]:
             )
         both = FLAGS & columns.keys() & found.keys()
         columns |= found | {name: columns[name] | found[name] for name in both}
+        lost = lost | (found["nan"] & ~found["robust"] if "robust" in found else False)
+    if "certified" in columns:
+        columns["certified"] = columns["certified"] & ~lost
     names, values = columns.keys(), zip(*columns.values(), strict=True)
     return [
         {name: _plain(value) for name, value in zip(names, row, strict=True)}

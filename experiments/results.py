@@ -125,8 +125,9 @@ def _cells(result: dict[str, Any], name: str) -> list[str]:
 def _caveats(result: dict[str, Any]) -> None:
     if result["nan"]:
         console.fail(
-            f"{result['nan']} examples met a NaN; none of them counts as certified or "
-            "robust: the network itself is at fault"
+            f"{result['nan']} examples met a NaN. In the logits or under the attack it "
+            "makes an example neither certified nor robust; in a bound it proves "
+            "nothing, and only another bound, of a cascade, may still certify it"
         )
     if not result["consistent"]:
         console.fail(

@@ -11,7 +11,7 @@ from certjax.threat import L2
 from experiments import certify, runs, train
 from experiments.build import ConfigError
 from experiments.cascade import cascade_method
-from experiments.evaluation import Examples, judge_batch, Weights
+from experiments.evaluation import Examples, judge_batch, Method, Weights
 
 
 FIRST = "max=60"
@@ -141,6 +141,54 @@ def test_a_stage_is_told_the_network_and_has_any_number_of_lanes(monkeypatch):
     proved = logits[:, -1] - logits[:, -2] - 0.01 * net.lipschitz.margin
     np.testing.assert_allclose(found["margin"], proved, atol=1e-5)
     assert (found["certified"] == (found["margin"] > 0)).all()
+
+
+def canned(**fields):
+    """A method that answers the same for every example."""
+
+    def judge(weights, eps, key, rows):
+        known = {"nan": False, "outside": False, "margin": 1.0, "zero_gradient": False}
+        found = known | fields
+        return {name: np.full(len(rows.labels), v) for name, v in found.items()}
+
+    return Method(judge, 0.1, {}, own_batches=True)
+
+
+def answers(monkeypatch, attack, *bounds):
+    """The fields of one example that an attack and then the bounds have judged."""
+    waiting = iter(bounds)
+    monkeypatch.setattr("experiments.cascade.bounds_of", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "experiments.cascade.certify_method", lambda *_, **__: next(waiting)
+    )
+    stages = {"pgd": {"_target_": "certjax.attacks.pgd"}}
+    stages |= {f"b{i}": {"_target_": "certjax.bounds.ibp"} for i in range(len(bounds))}
+    method = cascade_method(
+        None, {"stages": stages}, L2(0.1), lambda node, where: attack
+    )
+    rows = Examples(np.zeros((1, 2)), np.zeros(1, int), np.arange(1))
+    found = method.judge(None, 0.1, jax.random.key(0), rows)
+    assert method.failed.keys() | {"nan"} == found.keys()
+    return {name: values[0] for name, values in found.items()}
+
+
+NAN = canned(certified=False, nan=True, margin=np.nan)
+PROOF = canned(certified=True)
+
+
+def test_a_nan_in_a_bound_proves_nothing_and_a_later_bound_may(monkeypatch):
+    survived = canned(robust=True)
+    found = answers(monkeypatch, survived, NAN, PROOF)
+    assert (found["certified"], found["robust"], found["nan"]) == (True,) * 3
+    assert found["stage"] == "b1"
+    found = answers(monkeypatch, survived, NAN, NAN)
+    assert (found["certified"], found["robust"], found["nan"]) == (False, True, True)
+
+
+def test_a_nan_under_attack_is_the_last_answer(monkeypatch):
+    found = answers(monkeypatch, canned(robust=False, nan=True), PROOF)
+    assert (found["certified"], found["robust"], found["nan"]) == (False, False, True)
+    assert found["stage"] == "pgd"
 
 
 @pytest.mark.parametrize(

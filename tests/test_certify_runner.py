@@ -302,6 +302,20 @@ def test_a_nan_in_one_method_alone_is_counted(tmp_path):
     }
 
 
+def test_a_nan_under_attack_is_not_certified(tmp_path):
+    """Even where a bound proves every margin."""
+    into_nan = lambda threat: lambda key, f, x, label: x * jnp.nan
+    task = poisoned([[1.0, 0.0], [0.0, 0.5]])
+    attacked = attacking.attack_method(
+        Linear(), attacking.Adversary(into_nan), Linf(0.1)
+    )
+    for methods in [(task.methods[0], attacked), (attacked, task.methods[0])]:
+        rows = evaluated(task._replace(methods=methods), tmp_path)
+        (tmp_path / "certificates.jsonl").unlink()
+        assert all(row["nan"] and row["margin"] > 0 for row in rows)
+        assert not any(row["certified"] or row["robust"] for row in rows)
+
+
 def test_a_contradiction_is_found(tmp_path):
     task = poisoned([[1.0, 0.0], [0.0, 0.9]])  # the corner (0.4, 0.6) is class 1
     rows = evaluated(task, tmp_path)
