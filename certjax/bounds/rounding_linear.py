@@ -18,7 +18,7 @@ derivative. An equation with neither gives way to the two ends of its enclosure.
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -109,8 +109,8 @@ def sound_crown(
       slope: interval -> share of the right slope in the lower line of relu-like
         functions; any value in [0, 1] is sound.
       max_bytes: what the coefficients of one example may occupy at a time.
-      climb: how the slopes behind the outputs are optimised; None: they are not. The
-        ascended values are the proved bounds themselves, with all their errors.
+      climb: how the slopes behind the outputs are optimised; None: they are not. What
+        is ascended leaves out the errors, the best is chosen with them.
 
     Returns:
       `bound(threat, x) -> Interval`, lower and upper each like f(x).
@@ -187,9 +187,24 @@ def _anchored(problem: Problem, i: int, values: list) -> dict[Node, Array]:
     return {o: jnp.zeros(o.aval.shape, o.aval.dtype) for o in floats}
 
 
-# repeated wherever they are read; the first ones are no steeper than 1
+# how a difference of operands is handed on: no steeper than 1; than 1.2 + |parameter|
 LEVEL = {p.max_p, p.min_p, p.abs_p, p.clamp_p, composite.hard_tanh}
-CHEAP = {p.mul_p, p.select_n_p, p.square_p, p.integer_pow_p, composite.leaky_relu}
+SMOOTH = {
+    composite.leaky_relu,
+    composite.elu,
+    composite.softplus,
+    composite.silu,
+    composite.gelu_erf,
+    composite.gelu_tanh,
+}
+# computed once, whoever reads them
+COSTLY = {
+    *MIXING,
+    *(p.exp_p, p.exp2_p, p.expm1_p, p.log_p, p.log1p_p, p.pow_p, p.div_p),
+    *(p.sqrt_p, p.rsqrt_p, p.cbrt_p, p.sin_p, p.cos_p, p.atan_p, p.asinh_p),
+    *(p.tanh_p, p.logistic_p, p.erf_p, p.erfc_p, p.sinh_p, p.cosh_p),
+    *(p.reduce_max_p, p.reduce_min_p, p.reduce_window_max_p, p.reduce_window_min_p),
+}
 
 
 def _set_apart(problem: Problem, equation: Equation, values: list) -> dict[Node, Array]:
@@ -197,23 +212,34 @@ def _set_apart(problem: Problem, equation: Equation, values: list) -> dict[Node,
 
     XLA repeats what is cheap wherever it is read, and combines the constants that it
     meets there: each evaluation has roundings of its own. Sums of products and costly
-    functions are computed once.
+    functions are computed once. No two lie further apart than the enclosure is wide.
     """
     outputs = [o for o in equation.outputs if rounding.is_float(o.aval.dtype)]
     results = [problem.env[o] for o in outputs]
     if not (results and isinstance(results[0], Interval)):
         return {}
-    widths = [v.upper - v.lower for v in results]
-    found = [jnp.zeros_like(width) for width in widths]
-    if isinstance(results[0], Thin) or equation.primitive in CHEAP:
-        found = widths
-    if equation.primitive in LEVEL:
-        found = [sum(_each_apart(problem, equation, values))]
-    elif equation.primitive not in MIXING and _stays_affine(equation, values, results):
+    found = widths = [v.upper - v.lower for v in results]
+    if equation.primitive not in MIXING and _stays_affine(equation, values, results):
         found = _moved_apart(problem, equation, values)
+    elif isinstance(results[0], Thin):
+        pass
+    elif equation.primitive in COSTLY:
+        found = [jnp.zeros_like(width) for width in widths]
+    elif equation.primitive in LEVEL:
+        found = [sum(_each_apart(problem, equation, values))]
+    elif equation.primitive in SMOOTH and not any(_bounded(equation, values)[1:]):
+        found = [_smoothly_apart(problem, equation, values)]
     least = [jnp.minimum(*pair) for pair in zip(found, widths, strict=True)]
     # computed once, and not again wherever rows are charged with it
     return dict(zip(outputs, jax.lax.optimization_barrier(least), strict=True))
+
+
+def _smoothly_apart(problem: Problem, equation: Equation, values: list) -> Array:
+    """Of an activation with errors up to 16 u (1 + |x|), and a constant parameter."""
+    (x, *parameters), (before, *_) = values, _each_apart(problem, equation, values)
+    steep = 1.25 + sum(map(jnp.abs, parameters))
+    unit, size = _coarsest(equation).unit, rounding.magnitude(x)
+    return steep * (before + 32 * unit * (1 + size))
 
 
 def _each_apart(problem: Problem, equation: Equation, values: list) -> list:
@@ -335,11 +361,14 @@ def _lines(
     slack = sagitta + 2 * (high - low).max(0) + 16 * tiny
     rounded = lambda slope: 16 * unit * (jnp.abs(slope) * size + value)
 
+    # not a reduction of an array: for three points XLA:CPU takes ten times as long
     def below(slope: Array) -> Array:
-        return (low - slope[None] * grid).min(0) - slack - rounded(slope)
+        gaps = [v - slope * point for v, point in zip(low, grid, strict=True)]
+        return reduce(jnp.minimum, gaps) - slack - rounded(slope)
 
     def above(slope: Array) -> Array:
-        return (high - slope[None] * grid).max(0) + slack + rounded(slope)
+        gaps = [v - slope * point for v, point in zip(high, grid, strict=True)]
+        return reduce(jnp.maximum, gaps) + slack + rounded(slope)
 
     offsets = rounding.unfused(jax.vmap(below)(sides[0]), jax.vmap(above)(sides[1]))
     sides = rounding.unfused(*sides)
@@ -413,7 +442,7 @@ def _enclose_channels(problem: Problem, node: Node, window: Window) -> Interval:
         rows = patches.channels(window, index, node.aval.dtype)
         both = jnp.concatenate([rows.values, -rows.values])
         rows = rows._replace(values=both)
-        return _close(problem, _pull_back(problem, node, rows, {}))
+        return _close(problem, _pull_back(problem, node, rows, {}))[0]
 
     fit = rows_that_fit(problem.max_bytes, patches.bytes_of(lower))
     some = lambda index: patches.split_signs(lower(index), window)
@@ -425,11 +454,11 @@ def _bounded_below(
 ) -> Array:
     """[R] proved lower bounds of `<rows, node>`; the best of the climb."""
 
-    def lower(shares: dict[int, Array]) -> Array:
+    def lower(shares: dict[int, Array]) -> tuple[Array, Array]:
         return _close(problem, _pull_back(problem, node, rows, shares))
 
     start = _starting_shares(problem, node, len(rows)) if climb else {}
-    return best_of(climb, lower, start) if climb and start else lower({})
+    return best_of(climb, lower, start) if climb and start else lower({})[0]
 
 
 def _starting_shares(problem: Problem, node: Node, count: int) -> dict[int, Array]:
@@ -817,8 +846,11 @@ def _back_roundings(equation: Equation, values: list, chosen: list[int]) -> int:
 # ----------------------------------------------------------------------- closing rows
 
 
-def _close(problem: Problem, rows: Rows) -> Array:
-    """[R] or [R, *grid] lower bounds of the rows over the threat set, rounded down."""
+def _close(problem: Problem, rows: Rows) -> tuple[Array, Array]:
+    """[R] or [R, *grid] lower bounds of the rows over the threat set, rounded down.
+
+    And the same without errors: of these the gradient is cheap.
+    """
     if len(problem.graph.inputs) > 1 or not rows.coefficients:
         rows = _spread(rows)
     leaves = jax.tree.leaves(problem.x)
@@ -840,7 +872,7 @@ def _close(problem: Problem, rows: Rows) -> Array:
     size = jnp.abs(least) + jnp.abs(rows.value) + error
     lower = total - error * (1 + 16 * unit) - 8 * unit * size
     # overflow on the way, in the program or here: then nothing is known
-    return jnp.where(size < largest / 2**10, lower, -jnp.inf)
+    return jnp.where(size < largest / 2**10, lower, -jnp.inf), total
 
 
 def _least(problem: Problem, rows: Rows) -> Array:
