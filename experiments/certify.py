@@ -1,7 +1,6 @@
 """Certify the network of a finished run: `python -m experiments.certify run=<dir>`."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from experiments import judging, runs, smoothing
@@ -30,6 +29,10 @@ def work(config: dict[str, Any], launched: Launch) -> None:
         return
     settings = read(CertifySettings, config)
     trained = judging.finished_training(settings.run, settings.data_dir)
+    attack = trained.settings.attack
+    # points found at any distance refute no certificate
+    anywhere = attack is not None and attack.get("result") == "free"
+    known = () if anywhere else runs.read_lines(trained.path / judging.RECORDS)
     eps = trained.settings.test_eps if settings.test_eps is None else settings.test_eps
     plan = judging.plan_of(trained.settings)._replace(
         attack=None,
@@ -38,7 +41,7 @@ def work(config: dict[str, Any], launched: Launch) -> None:
         selection=settings,
         seed=settings.seed,
         curve_points=0,
-        known=tuple(runs.read_lines(Path(settings.run) / judging.RECORDS)),
+        known=tuple(known),
     )
     judging.judge_again("certify", config | {"test_eps": eps}, plan, trained, launched)
 

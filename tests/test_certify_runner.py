@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+import shutil
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from runners import numbers, only, run, SMALL
 
 from certjax.attacks import pgd
@@ -101,6 +103,20 @@ def test_a_finished_run_on_other_data_of_the_same_name_is_not_shown(
         run(certify.work, *place, f"data_dir={other}", config="certify")
     run(certify.work, *place, f"data_dir={other}", "fresh=true", config="certify")
     run(train.work, *words, f"data.dir={tmp_path / 'gone'}")  # shown without its data
+
+
+def test_a_point_outside_the_set_contradicts_no_certificate(trained, tmp_path):
+    """Found by an attack of the training run that may leave the set."""
+    path = tmp_path / "copy"
+    shutil.copytree(trained, path, ignore=shutil.ignore_patterns("certify", "attack"))
+    config = runs.saved_config(path)
+    config["attack"] |= {"result": "free"}
+    runs.write_text(path / ".hydra/config.yaml", yaml.safe_dump(config))
+    rows = runs.read_lines(path / "certificates.jsonl")
+    broken = "".join(json.dumps(row | {"robust": False}) + "\n" for row in rows)
+    runs.write_text(path / "certificates.jsonl", broken)
+    run(certify.work, f"run={path}", "tracking=disabled", config="certify")
+    assert numbers(only(path / "certify"))["consistent"]
 
 
 def test_attack_a_subset(trained):
