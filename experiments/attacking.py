@@ -188,13 +188,27 @@ def describe(node: Node, threat: Threat) -> str:
     ).describe()
 
 
-def check(adversary: Adversary, model: Any, threat: Threat, image: np.ndarray) -> None:
+def check(
+    adversary: Adversary,
+    model: Any,
+    threat: Threat,
+    image: np.ndarray,
+    *,
+    where: str = "attack",
+) -> None:
     """Refuse an attack that cannot run, before any work is done.
+
+    Args:
+      adversary: the attack.
+      model: a network, or a `Smoothed` one.
+      threat: the perturbation set.
+      image: an example, for its shape.
+      where: the config key, for messages.
 
     Raises:
       ConfigError: of the norm, the numbers, or the shape of the images.
     """
-    with build.blamed("attack"):
+    with build.blamed(where):
         if not adversary.on_one_example(threat):
             return
         base = _base(model)

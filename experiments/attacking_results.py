@@ -10,6 +10,7 @@ import numpy as np
 from certjax.attacks import robust_accuracy_curve
 from certjax.models import classifier
 from certjax.threat import Linf
+from experiments import results
 from experiments.attacking import distances_of, Smoothed
 from experiments.evaluation import as_input, curve, Evaluation, Examples, Record
 from experiments.judging import Plan
@@ -56,13 +57,11 @@ def warnings(rows: list[Record], plan: Plan, task: Evaluation) -> list[str]:
     Source: the warnings of AutoAttack's reference implementation, Croce & Hein 2020.
     """
     node, total = plan.attack, len(rows)
-    flat, nan = (sum(row[name] for row in rows) for name in ("zero_gradient", "nan"))
+    nan = sum(row["nan"] for row in rows)
     cascade = "broken_by" in rows[0]
     by_square = sum(row["broken_by"] == "square" for row in rows) if cascade else 0
     randomised = isinstance(task.model, Smoothed)
     found = {
-        f"{flat} of {total} examples have a zero gradient: attacks that follow the "
-        "gradient may overestimate robustness": flat > 0,
         f"{nan} of {total} examples met NaN logits: counted as not robust": nan > 0,
         "the outputs look like probabilities: attack the logits": (
             not randomised and _probabilities(task)
@@ -75,7 +74,8 @@ def warnings(rows: list[Record], plan: Plan, task: Evaluation) -> list[str]:
         f"Square broke {by_square} of {total} examples that the attacks before it "
         "could not: their gradients may be masked": by_square > MASKED * total,
     }
-    return [text for text, holds in found.items() if holds]
+    more = [text for text, holds in found.items() if holds]
+    return results.masked(rows) + more
 
 
 def _probabilities(task: Evaluation) -> bool:

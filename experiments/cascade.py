@@ -102,6 +102,7 @@ def cascade_method(
       certified: proved by some stage.  robust: no stage broke it.  nan, outside: of any
         stage. A NaN under an attack breaks the example; one in a bound proves nothing,
         and a later bound without one may certify it.
+      zero_gradient: of a stage that attacks; absent without one.
       margin: the best lower bound of the margin; NaN where an attack answered first.
       stage: the stage that answered, "clean" for a misclassified example, or
         "undecided".
@@ -131,6 +132,8 @@ def cascade_method(
 
     failed: Record = {"certified": False, "robust": False, "outside": False}
     failed |= {"margin": math.nan, "stage": CLEAN}
+    if any(stage.attacks for stage in stages):
+        failed["zero_gradient"] = False
     failed |= {f"seconds_{stage.name}": 0.0 for stage in stages}
     return Method(judge, threat.eps, failed, own_batches=True)
 
@@ -187,6 +190,8 @@ class _Board:
         fields |= {"nan": no.copy(), "margin": np.full(count, np.nan)}
         fields |= {"stage": np.full(count, UNDECIDED, object)}
         fields |= {f"seconds_{stage.name}": zero.copy() for stage in stages}
+        if any(stage.attacks for stage in stages):
+            fields["zero_gradient"] = no.copy()
         return cls(fields)
 
     def ask(
@@ -209,6 +214,7 @@ class _Board:
         if stage.attacks:
             self.fields["robust"][chosen] = found["robust"]
             self.fields["outside"][chosen] = found["outside"]
+            self.fields["zero_gradient"][chosen] |= found["zero_gradient"]
             answered = ~found["robust"]
         else:
             self.fields["certified"][chosen] = found["certified"]

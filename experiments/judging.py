@@ -171,7 +171,7 @@ def _certify_method(plan: Plan, model: nn.Module, image: np.ndarray) -> Method:
     def attack_method(node: Node, where: str) -> Method:
         load = functools.partial(_network, plan.data.dir)
         adversary = attacking.adversary_of(node, load=load, where=where)
-        attacking.check(adversary, model, threat, image)
+        attacking.check(adversary, model, threat, image, where=where)
         return attacking.attack_method(model, adversary, threat)
 
     return cascade.cascade_method(model, plan.certifier, threat, attack_method)
@@ -246,6 +246,8 @@ def judge(
     }
     if plan.certifier is not None and cascade.is_cascade(plan.certifier):
         result["stages"] = cascade.totals(plan.certifier, rows)
+    if warnings := results.masked(rows):
+        result["warnings"] = warnings
     if plan.curve_points and task.methods:
         result["curve"] = _curve(plan, task)
     result["data_sha256"] = dataset_of(plan.data).sha256

@@ -47,6 +47,20 @@ def _contradicts(row: Record, comparable: bool) -> bool:
     return beyond_clean or refuted or row.get("outside", False)
 
 
+def masked(rows: list[Record]) -> list[str]:
+    """A warning if gradients vanish at examples, else none.
+
+    Source: the warnings of AutoAttack's reference implementation, Croce & Hein 2020.
+    """
+    flat = sum(row.get("zero_gradient", False) for row in rows)
+    if not flat:
+        return []
+    return [
+        f"{flat} of {len(rows)} examples have a zero gradient: attacks that follow the "
+        "gradient may overestimate robustness"
+    ]
+
+
 def joined(rows: Iterable[Record], others: Iterable[Record]) -> list[Record]:
     """The records with the fields that another evaluation of the same weights adds."""
     known = {(row["index"], row["weights"]): row for row in others}

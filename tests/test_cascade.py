@@ -191,12 +191,29 @@ def test_a_nan_under_attack_is_the_last_answer(monkeypatch):
     assert found["stage"] == "pgd"
 
 
+def test_masked_gradients_are_remembered(monkeypatch):
+    for flat in (True, False):
+        attack = canned(robust=True, zero_gradient=flat)
+        assert answers(monkeypatch, attack, PROOF)["zero_gradient"] == flat
+
+
+def test_a_cascade_warns_of_masked_gradients(trained, monkeypatch):
+    blind = lambda f, x, label: jnp.asarray(True)
+    monkeypatch.setattr("experiments.attacking.vanishes", blind)
+    words = [f"~certifier.stages.{name}" for name in BOUNDS[1:]]
+    words += ["certifier=cascade", "certifier.stages.pgd.steps=2", "max=8"]
+    result, rows, _ = certified(trained, *words)
+    flat = sum(row["zero_gradient"] for row in rows)
+    assert flat == sum(row["correct"] for row in rows)
+    assert f"{flat} of 8 examples have a zero gradient" in result["warnings"][0]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["certifier.stages.ibp.lanes=0"], "lanes"),
         (["certifier.stages.crown_ibp.intermediate=1"], "crown_ibp.intermediate"),
-        (["certifier.stages.pgd.steps=0"], "steps must be at least 1"),
+        (["certifier.stages.pgd.steps=0"], r"`certifier\.stages\.pgd`: steps must be"),
         (["certifier.stages.pgd._target_=os.system"], "certjax"),
         (["+certifier.stages.pgd.result=free"], "pgd.result` must be inside"),
         (["+certifier.stages.pgd.result=shared"], "pgd.result` must be inside"),
