@@ -6,9 +6,10 @@ does not depend on how many examples were given or on the number of devices.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,11 @@ from certjax.attacks.losses import cross_entropy, log_odds, reached
 from certjax.attacks.search import at_random, checked_input, Expectation
 from certjax.threat import Threat
 from certjax.types import Array, Attack, Classifier, Key
+
+
+# Batches that run at once on a CPU: the serial parts of one (reductions, sorting, small
+# matrices) leave cores idle, which the other uses.
+AT_ONCE = 2
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,8 @@ def cascade(
                     break
                 if progress:
                     progress(stage.name, i, len(alive))
-                attack = partial(_attacked, stage, threat, f, key, number, i)
+                settled = (threat, f, key, number, i)
+                attack = partial(_program, _attacked, (stage,), *settled)
                 for index, (z, fooled) in _batches(attack, examples, alive, lanes):
                     hit = index[fooled]
                     record.z[hit], record.by[hit] = z[fooled], number
@@ -154,19 +161,32 @@ def _rounds(stage: Stage, classes: int) -> int:
 
 
 def _batches(
-    run: Callable, examples: _Examples, chosen: np.ndarray, lanes: int
-) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
+    program: Callable[..., Callable],
+    examples: _Examples,
+    chosen: np.ndarray,
+    lanes: int,
+) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
     """(indices, results) of fixed-size batches, spread over the devices in turn."""
     devices = jax.local_devices()
     waiting = []
-    for number, start in enumerate(range(0, len(chosen), lanes)):
-        index = chosen[start : start + lanes]
-        padded = np.concatenate([index, np.repeat(index[:1], lanes - len(index))])
-        batch = tuple(column[padded] for column in examples)
-        device = devices[number % len(devices)]
-        waiting.append((index, run(*jax.device_put(batch, device))))
-    for index, results in waiting:
-        yield index, tuple(np.asarray(r)[: len(index)] for r in results)
+    with ThreadPoolExecutor(max(len(devices), AT_ONCE)) as pool:
+        for number, start in enumerate(range(0, len(chosen), lanes)):
+            index = chosen[start : start + lanes]
+            padded = np.concatenate([index, np.repeat(index[:1], lanes - len(index))])
+            batch = tuple(column[padded] for column in examples)
+            batch = jax.device_put(batch, devices[number % len(devices)])
+            waiting.append((index, pool.submit(program(*batch))))
+        for index, results in waiting:
+            yield index, [r[: len(index)] for r in results.result()]
+
+
+def _program(jitted: jax.stages.Wrapped, static: tuple, *arguments: Any) -> Callable:
+    """The call of a jitted function, to be made in any thread.
+
+    Compiled here, because JAX's settings, such as the precision, belong to a thread.
+    """
+    compiled = jitted.lower(*static, *arguments).compile()
+    return lambda: [np.asarray(result) for result in compiled(*arguments)]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -209,7 +229,9 @@ def _look_all(f: Classifier, key: Key, examples: _Examples, lanes: int) -> _Look
     everything = np.arange(len(examples.labels))
     if not len(everything):
         return _Look(np.zeros((0, 1), np.float32), np.zeros(0, bool))
-    batches = _batches(partial(_looked, f, key), examples, everything, lanes)
+    batches = _batches(
+        partial(_program, _looked, (), f, key), examples, everything, lanes
+    )
     logits, flat = zip(*[results for _, results in batches], strict=True)
     return _Look(np.concatenate(logits), np.concatenate(flat))
 

@@ -11,7 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from certjax.attacks.apgd import ranked_target
-from certjax.attacks.geometry import dual_size, size, to_hyperplane
+from certjax.attacks.geometry import (
+    dual_size,
+    largest,
+    size,
+    to_hyperplane,
+    total,
+)
 from certjax.attacks.losses import margin_loss, reached
 from certjax.attacks.search import (
     at_random,
@@ -208,10 +214,10 @@ def _towards(threat: Threat, plane: _Plane, x: Array, z: Array) -> Array:
     """Past the plane, from a mixture of the steps from z and from x."""
     norm = type(threat)
     # a rescaled plane is the same plane: unit() keeps the squares in range
-    scale = jnp.max(jnp.abs(plane.normal))
+    scale = largest(plane.normal)
     safe = jnp.where(scale > 0, scale, 1.0)
     normal = unit(plane.normal)
-    offset = jnp.sum(normal * z) - plane.gap / safe
+    offset = total(normal * z) - plane.gap / safe
     offset = jnp.where(scale > 0, offset, 0.0)
     step = lambda at: to_hyperplane(norm, at, normal, offset, threat.low, threat.high)
     from_z, from_x = jax.vmap(step)(jnp.stack([z, x]))  # one loop for both

@@ -4,6 +4,8 @@ Sorting is slow on CPU under vmap, so thresholds come from bisection or Newton s
 on piecewise linear functions: elementwise passes only.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -13,15 +15,37 @@ from certjax.types import Array, Scalar
 
 BISECTIONS = 16
 NEWTON_STEPS = 15
+FOLDS = 8
+
+
+def largest(v: Array) -> Array:
+    """[]: max |v|.
+
+    From the two ends, for XLA:CPU reduces |v| eight times more slowly than v: at 784
+    coordinates as slowly as a small convolution.
+    """
+    return jnp.maximum(jnp.max(v), -jnp.min(v))
+
+
+def total(v: Array) -> Array:
+    """[]: the sum. Long rows are folded first, by additions that run in lanes.
+
+    Twice as fast on XLA:CPU, which reduces the rows of a batch one number at a time.
+    """
+    v, length = v.ravel(), v.size // FOLDS
+    if length < FOLDS:
+        return jnp.sum(v)
+    parts = [v[i * length : (i + 1) * length] for i in range(FOLDS)]
+    return jnp.sum(functools.reduce(jnp.add, parts)) + jnp.sum(v[FOLDS * length :])
 
 
 def size(norm: type, delta: Array) -> Array:
     """[]: the norm of a perturbation, `norm` being the class of a threat set."""
     if norm is L2:
-        largest = jnp.max(jnp.abs(delta))
-        safe = jnp.where(largest > 0, largest, 1.0)
-        return largest * jnp.sqrt(jnp.sum((delta / safe) ** 2))
-    return jnp.sum(jnp.abs(delta)) if norm is L1 else jnp.max(jnp.abs(delta))
+        longest = largest(delta)
+        safe = jnp.where(longest > 0, longest, 1.0)
+        return longest * jnp.sqrt(total((delta / safe) ** 2))
+    return total(jnp.abs(delta)) if norm is L1 else largest(delta)
 
 
 def dual_size(norm: type, g: Array) -> Array:
@@ -47,13 +71,13 @@ def into_l1_box(threat: L1, x: Array, z: Array, eps: Scalar) -> Array:
     def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
         lower, upper = bracket
         middle = 0.5 * (lower + upper)
-        long = jnp.sum(cut(middle)) > eps
+        long = total(cut(middle)) > eps
         return jnp.where(long, middle, lower), jnp.where(long, upper, middle)
 
-    most = jnp.max(jnp.abs(delta))
+    most = largest(delta)
     ends = jax.lax.fori_loop(0, BISECTIONS, halve, (jnp.zeros_like(most), most))
     # the length is linear between breakpoints: the last bracket is interpolated
-    long, short = (jnp.sum(cut(end)) for end in ends)
+    long, short = (total(cut(end)) for end in ends)
     share = (long - eps) / jnp.where(long > short, long - short, 1.0)
     threshold = ends[0] + jnp.clip(share, 0.0, 1.0) * (ends[1] - ends[0])
     return x + jnp.sign(delta) * cut(threshold)
@@ -68,7 +92,7 @@ def to_hyperplane(
 
     Source: Croce & Hein 2020 (FAB), arXiv:1907.02044, equations 6 to 8.
     """
-    gap = jnp.sum(w * z) - b
+    gap = total(w * z) - b
     w = w * jnp.where(gap >= 0, 1.0, -1.0)
     gap = jnp.abs(gap)
     room = jnp.maximum(jnp.where(w > 0, z - low, high - z), 0.0)
@@ -87,8 +111,8 @@ def _newton(slopes: Array, weights: Array, room: Array, gap: Array) -> Array:
     def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         i, _, r = state
         free = r * weights < room
-        moved = jnp.sum(slopes * jnp.where(free, r * weights, room))
-        rate = jnp.sum(jnp.where(free, slopes * weights, 0.0))
+        moved = total(slopes * jnp.where(free, r * weights, room))
+        rate = total(jnp.where(free, slopes * weights, 0.0))
         safe = jnp.where(rate > 0, rate, 1.0)
         further = jnp.where(rate > 0, jnp.maximum(gap - moved, 0.0) / safe, 0.0)
         return i + 1, r, r + further

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from certjax.attacks.geometry import dual_size, into_l1_box, size
+from certjax.attacks.geometry import dual_size, into_l1_box, largest, size
 from certjax.attacks.losses import cross_entropy, Goal, margin_loss, reached
 from certjax.attacks.search import (
     at_random,
@@ -251,9 +251,7 @@ def _out_to(norm: type, x: Array, z: Array, eps: Array) -> Array:
 
 def _gap(norm: type, margin: Array, g: Array) -> Array:
     """The linearised distance to the boundary."""
-    dual = jnp.maximum(
-        jnp.max(jnp.abs(g)) if norm is int else dual_size(norm, g), 1e-12
-    )
+    dual = jnp.maximum(largest(g) if norm is int else dual_size(norm, g), 1e-12)
     return jnp.abs(margin) / dual
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from certjax.attacks.geometry import largest
 from certjax.attacks.losses import aimed, Goal, Loss, reached
 from certjax.loops import fori, loopable
 from certjax.threat import Box, Threat
@@ -239,9 +240,9 @@ def choose(condition: Array, new: Judged, old: Judged) -> Judged:
 
 def unit(g: Array) -> Array:
     """`g / max|g|`: the same direction, without overflow of squares; 0 stays 0."""
-    largest = jnp.max(jnp.abs(g))
-    safe = jnp.where(largest > 0, largest, 1.0)
-    return jnp.where(largest > 0, g / safe, 0.0)
+    steepest = largest(g)
+    safe = jnp.where(steepest > 0, steepest, 1.0)
+    return jnp.where(steepest > 0, g / safe, 0.0)
 
 
 def radius(threat: Threat, x: Array) -> Scalar:
