@@ -22,21 +22,24 @@ class Climb(NamedTuple):
     decay: float = 0.98
 
 
-def best_of(climb: Climb, lower: Callable[[PyTree], Array], start: PyTree) -> Array:
-    """The greatest value that each entry of `lower(shares)` takes on the way.
+def best_of(
+    climb: Climb, lower: Callable[[PyTree], tuple[Array, Array]], start: PyTree
+) -> Array:
+    """The greatest value that each bound of `lower(shares)` takes on the way.
 
     Args:
       climb: the steps.
-      lower: shares -> bounds that hold for any shares in [0, 1]; each bound depends on
-        shares of its own, so that their sum ascends them all.
+      lower: shares -> (bounds that hold for any shares in [0, 1], what is ascended:
+        the bounds or nearly so); each bound depends on shares of its own, so that the
+        sum ascends them all.
       start: the first shares.
     """
     schedule = optax.exponential_decay(climb.size, 1, climb.decay)
     optimizer = optax.adam(schedule)
 
     def objective(shares: PyTree) -> tuple[Array, Array]:
-        values = lower(shares)
-        return -jnp.sum(values), values
+        values, ascended = lower(shares)
+        return -jnp.sum(ascended), values
 
     def step(_: int, state: tuple) -> tuple:
         shares, memory, best = state
@@ -46,10 +49,10 @@ def best_of(climb: Climb, lower: Callable[[PyTree], Array], start: PyTree) -> Ar
         add = lambda s, u: jnp.clip(s + u, 0.0, 1.0)
         return jax.tree.map(add, shares, update), memory, _greater(values, best)
 
-    worst = jax.eval_shape(lower, start)
+    worst, _ = jax.eval_shape(lower, start)
     state = (start, optimizer.init(start), jnp.full_like(worst, -jnp.inf))
     shares, _, best = fori(climb.steps, step, state)
-    return _greater(lower(shares), best)
+    return _greater(lower(shares)[0], best)
 
 
 def _greater(values: Array, best: Array) -> Array:

@@ -120,12 +120,13 @@ def climbing(climb: Climb) -> Closing:
     """A way to close rows: the best of some steps, with shares of its own for each."""
 
     def closing(problem: Problem, node: Node, rows: Rows) -> Array:
-        def lower(shares: dict[int, Array]) -> Array:
+        def lower(shares: dict[int, Array]) -> tuple[Array, Array]:
             own = lambda i, _: shares.get(i)
-            return close(problem, pull_back(problem, node, copied(rows), own))
+            found = close(problem, pull_back(problem, node, copied(rows), own))
+            return found, found
 
         start = starting_shares(problem, node, rows)
-        return best_of(climb, lower, start) if start else lower({})
+        return best_of(climb, lower, start) if start else lower({})[0]
 
     return closing
 
