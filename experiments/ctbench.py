@@ -9,7 +9,7 @@ name their verifier and the number of examples.
 """
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,11 +140,14 @@ def _published(known: Published | None) -> str:
 def _grouped(folders: Iterable[Path]) -> dict[tuple[str, str], list[Ours]]:
     """(setting, method) -> one entry for each recipe and verifier."""
     groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
-    for folder in folders:
-        for file in sorted(folder.rglob("result.json")):
-            place = _place(file.parent)
-            if place is not None:
-                groups[place].append(runs.read_json(file))
+    seen: Counter[tuple] = Counter()  # one network certified twice is not two seeds
+    for file in [f for folder in folders for f in sorted(folder.rglob("result.json"))]:
+        place = _place(file.parent)
+        if place is not None:
+            result = runs.read_json(file)
+            network = (*place, result["seed"])
+            groups[*place, seen[network]].append(result)
+            seen[network] += 1
     found: dict[tuple[str, str], list[Ours]] = defaultdict(list)
     for (setting, method, *_), results in sorted(groups.items(), key=str):
         found[setting, method].append(Ours(tuple(results)))

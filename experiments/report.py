@@ -11,7 +11,7 @@ logs in the format of Cohen et al. as well.
 
 import argparse
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,10 +67,17 @@ def recipe(folder: Path) -> str:
 
 
 def merged(results: Iterable[dict[str, Any]]) -> list[Row]:
-    """One row for each group of runs that differ in their seed only."""
+    """One row for each group of runs that differ in their training's seed only.
+
+    A network that was evaluated twice, with other draws, makes two rows, not two seeds.
+    """
     groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    seen: Counter[tuple] = Counter()
     for result in results:
-        groups[tuple(result.get(key) for key in KEYS)].append(result)
+        key = tuple(result.get(key) for key in KEYS)
+        network = (*key, result.get("seed"))
+        groups[*key, seen[network]].append(result)
+        seen[network] += 1
     ordered = sorted(groups.items(), key=lambda item: tuple(map(str, item[0])))
     return [_row(key, group) for key, group in ordered]
 
@@ -79,7 +86,7 @@ def _row(key: tuple, group: list[dict[str, Any]]) -> Row:
     values = {
         name: [result[name] for result in group if name in result] for name in NUMBERS
     }
-    return Row(dict(zip(KEYS, key, strict=True)) | {"seeds": len(group)}, values)
+    return Row(dict(zip(KEYS, key, strict=False)) | {"seeds": len(group)}, values)
 
 
 def _best(rows: list[Row]) -> dict[tuple, float]:

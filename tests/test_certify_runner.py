@@ -384,12 +384,13 @@ def test_other_evaluations_are_checked_against():
     assert results.consistency(both, comparable=True)["consistent"]
 
 
-def finished_result(folder, *, seed=0, clean=98.0, eps=8 / 255, **config):
+def finished_result(folder, *, seed=0, train_seed=0, clean=98.0, eps=8 / 255, **config):
     folder.mkdir(parents=True)
     about = {"dataset": "mnist", "test_eps": eps, "attack_eps": eps, "model": "mlp_x"}
     about |= {"name": "a", "objective": "ibp", "train_eps": eps, "examples": 10}
     about |= {"attack": "PGD-40", "certifier": "IBP", "robust": 90.0, "certified": 80.0}
-    runs.write_json(folder / "result.json", about | {"clean": clean})
+    about |= {"clean": clean, "seed": train_seed if "run" in config else seed}
+    runs.write_json(folder / "result.json", about)
     runs.write_text(folder / "done", "")
     run_ = runs.Run(folder, {"name": "a", "seed": seed} | config, "x", "a", None)
     with runs.opened(run_, fresh=False):
@@ -416,6 +417,19 @@ def test_report_merges_seeds_and_marks_the_best(tmp_path, capsys):
     text = capsys.readouterr().out
     assert r"\textbf{98.50 $\pm$ 0.71}" in text
     assert r"mlp\_x" in text
+
+
+def test_a_network_that_was_evaluated_twice_is_one_seed(tmp_path):
+    for seed in (0, 1):
+        trained = tmp_path / str(seed)
+        finished_result(trained, seed=seed)
+        for again in (0, 1):  # another draw of the test examples
+            folder = trained / "certify" / str(again)
+            finished_result(folder, seed=again, train_seed=seed, run="r")
+    seeds = [
+        row.about["seeds"] for row in report.merged(report.results_below([tmp_path]))
+    ]
+    assert seeds == [2, 2, 2]  # of trainings; never 4 of certifications
 
 
 def test_report_of_nothing(tmp_path, capsys):

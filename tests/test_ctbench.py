@@ -47,6 +47,19 @@ def test_seeds_are_merged_and_verifiers_kept_apart(tmp_path):
     assert "| 98.00 ± 0.00 | 91.00 ± 1.41 | IBP | 10 x 2 |" in found[1]
 
 
+def test_a_network_that_was_certified_twice_is_one_seed(tmp_path):
+    for seed in (0, 1):
+        trained = finished(tmp_path / str(seed), seed=seed, certifier="CROWN")
+        for again, certified in (("x", 80.0), ("y", 80.0 + seed)):
+            folder = finished(
+                trained / "certify" / again, seed=seed, certified=certified
+            )
+            (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump({"run": "a"}))
+    found = lines_of(ctbench.table([tmp_path]), "MTL-IBP")
+    ours = [line for line in found if "| IBP |" in line]
+    assert [line.rpartition("| IBP |")[2].strip() for line in ours] == ["10 x 2 |"] * 2
+
+
 def test_other_radii_held_out_data_and_unfinished_runs_do_not_count(tmp_path):
     finished(tmp_path / "a", test_eps=0.2)
     finished(tmp_path / "b", validation=0.1)
