@@ -50,8 +50,9 @@ def _disconnect(share: float, residuals: tuple, g: Array) -> tuple[Array, Array,
     lower, upper, z = residuals
     reach = share * (upper - lower)
     safe = jnp.where(reach > 0, reach, 1.0)
-    near_lower = jnp.maximum(lower + reach - z, 0.0) / safe
-    near_upper = jnp.maximum(z - (upper - reach), 0.0) / safe
+    # differences of neighbours are exact; a box may be a few ulps wide
+    near_lower = jnp.maximum(reach - (z - lower), 0.0) / safe
+    near_upper = jnp.maximum(reach - (upper - z), 0.0) / safe
     # a box of width 0 is one point, which is half of either end
     near_lower, near_upper = (
         jnp.where(reach > 0, w, 0.5) for w in (near_lower, near_upper)
