@@ -165,7 +165,7 @@ def fmn(
     threat: Threat,
     *,
     steps: int = 100,
-    step_size: float = 1.0,
+    step_size: float | None = None,
     gamma: float = 0.05,
     sparse: bool = False,
     goal: Goal = "untargeted",
@@ -175,19 +175,23 @@ def fmn(
     Args:
       threat: Linf, L2 or L1 names the norm, and the domain.
       steps: gradient evaluations.
-      step_size: l2 length of the first step; the last is a hundredth of it.
+      step_size: length of the first step, the last is a hundredth of it: the l2 length
+        (None: 1), in linf that of every coordinate (None: 0.3).
       gamma: relative change of the radius at first; at last a fiftieth of it.
       sparse: minimise l0 (changed coordinates) instead of the threat's norm.
       goal: "targeted": `label` is the class to reach.
 
     Deviations from the published attack: until the first success the radius grows twice
     as fast and the perturbation is stretched to it (see `_out_to`); where the gradient
-    vanishes, the step is random; there are no other starting points than x.
+    vanishes, the step is random; there are no other starting points than x; in linf the
+    steps are signs (see `_step`).
 
     Source: Pintor et al. 2021, arXiv:2102.12827, algorithm 1.
     """
     check_counts(steps=steps)
     norm = int if sparse else _norm_of(threat, "fmn", Linf, L2, L1)
+    if step_size is None:
+        step_size = 0.3 if norm is Linf else 1.0
 
     def attack(key: Key, f: Classifier, x: Array, label: Array) -> Array:
         furthest = _furthest(threat, norm, x)
@@ -203,7 +207,7 @@ def fmn(
             eps = _radius(norm, eps, share, boundary, here.fooled, best)
             eps = jnp.minimum(eps, furthest)
             move = step_size * (0.01 + 0.99 * _cosine(i, steps))
-            z = z + move * _direction(draw, g)
+            z = z + move * _step(norm, draw, g)
             z = jnp.where(best.found, z, _out_to(norm, x, z, eps))
             return _into(threat, norm, x, z, eps), eps, best
 
@@ -291,6 +295,18 @@ def _direction(key: Key, g: Array) -> Array:
     """The gradient at l2 norm 1; where it vanishes, a long random step out of there."""
     normal = jax.random.normal(key, g.shape, g.dtype)
     return jnp.where(size(L2, g) > VANISHED, L2(1.0).ascend(unit(g)), normal)
+
+
+def _step(norm: type, key: Key, g: Array) -> Array:
+    """The direction of a step of FMN.
+
+    In linf it is the sign, the steepest one of that norm. The gradient, which the
+    published attack follows in every norm, fills a linf ball in few coordinates: on the
+    adversarially trained network of our benchmark its median distance is 0.60 for 0.32,
+    where 23 in 100 examples are never broken.
+    """
+    direction = _direction(key, g)
+    return jnp.sign(direction) if norm is Linf else direction
 
 
 def _norm_of(threat: Threat, name: str, *allowed: type) -> type:
