@@ -9,7 +9,7 @@ import pytest
 
 from certjax import attacks
 from certjax.attacks.apgd import Windows
-from certjax.attacks.geometry import into_l1_box, to_hyperplane
+from certjax.attacks.geometry import into_l1_box, largest, to_hyperplane, total
 from certjax.bounds import ibp
 from certjax.specification import margins
 from certjax.threat import Box, L1, L2, Linf
@@ -89,6 +89,15 @@ def test_distance_to_a_single_boundary(attack, dual):
     exact = nearest(dual, 2, labels)
     assert (distance >= exact * (1 - 1e-4)).all()
     assert (distance <= exact * 1.1 + 2e-3).all()
+
+
+@pytest.mark.parametrize("shape", [(3,), (7, 7, 1), (28, 28, 1)])
+def test_quick_reductions_are_the_plain_ones(shape):
+    v = jax.random.normal(KEY, shape)
+    assert float(largest(v)) == float(jnp.max(jnp.abs(v)))
+    assert float(largest(-v)) == float(largest(v))
+    np.testing.assert_allclose(total(v), np.asarray(v, np.float64).sum(), atol=1e-4)
+    assert np.isnan(largest(v.at[0].set(jnp.nan)))
 
 
 def test_robust_accuracy_curve_counts_what_is_further():
