@@ -118,7 +118,8 @@ def trace(f: Callable, *args: Any, keep_custom: bool = False) -> tuple[Graph, An
       f: any JAX function; it may close over tracers of an outer transformation.
       args: arrays or `jax.ShapeDtypeStruct`s, or trees of them.
       keep_custom: leave functions with custom derivatives whole, as one equation, so
-        that `jax.grad` of the walk uses those derivatives.
+        that `jax.grad` of the walk uses those derivatives. Without, `stop_gradient` is
+        left out too.
 
     Returns:
       The graph, with one input per leaf of args, and the tree of f's output.
@@ -182,6 +183,8 @@ class _Builder:
         dependent = any(a in self.depends for a in inputs if isinstance(a, Node))
         if primitive in CUSTOM_DERIVATIVE and self.keep_custom:
             return self.append(_Opaque(eqn), {}, inputs, eqn)
+        if dependent and primitive is p.stop_gradient_p and not self.keep_custom:
+            return inputs  # the identity; bounds must not pull back its derivative
         if primitive in INLINE:
             return self.call(eqn, eqn.params[INLINE[primitive]], inputs)
         if dependent and primitive is p.scan_p:

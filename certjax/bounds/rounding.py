@@ -80,27 +80,9 @@ def sound_ibp(f: Callable[[PyTree], PyTree]) -> Callable[[Threat, PyTree], Inter
 
 
 def graph_of(f: Callable, x: PyTree) -> tuple[Graph, Any]:
-    """The traced function, its activations fused, and the tree of its output.
-
-    `stop_gradient` is left out: it is the identity, but its derivative, with which
-    coefficients are pulled back, is not.
-    """
+    """The traced function, its activations fused, and the tree of its output."""
     graph, tree = trace(f, x)
-    graph = composite.fuse_activations(graph)
-    names: dict[Any, Any] = {}
-    name = lambda atom: names.get(atom, atom)
-    kept = []
-    for equation in graph.equations:
-        inputs = tuple(map(name, equation.inputs))
-        if (
-            equation.primitive is p.stop_gradient_p
-            and equation.inputs[0] in graph.depends
-        ):
-            names[equation.outputs[0]] = inputs[0]
-        else:
-            kept.append(equation._replace(inputs=inputs))
-    outputs = tuple(map(name, graph.outputs))
-    return graph._replace(equations=tuple(kept), outputs=outputs), tree
+    return composite.fuse_activations(graph), tree
 
 
 def sound_step(equation: Equation, values: list) -> list:
