@@ -71,7 +71,7 @@ def sound_ibp(f: Callable[[PyTree], PyTree]) -> Callable[[Threat, PyTree], Inter
 
     def bound(threat: Threat, x: PyTree) -> Interval:
         graph, tree = graph_of(f, x)
-        env = environment(graph, sound_step, *domain(threat, x))
+        env = environment(graph, step_once, *domain(threat, x))
         outputs = outputs_of(graph, env)
         lower, upper = (jax.tree.unflatten(tree, e) for e in zip(*outputs, strict=True))
         return Interval(lower, upper)
@@ -100,6 +100,12 @@ def sound_step(equation: Equation, values: list) -> list:
     out = rule(equation, *values)
     outs = out if equation.primitive.multiple_results else [out]
     return [Thin(*v) for v in outs] if thin else outs
+
+
+def step_once(equation: Equation, values: list) -> list:
+    """`sound_step`, and what the program computes from constants (scales) only once."""
+    outs = sound_step(equation, values)
+    return [Thin(*unfused(*v)) if isinstance(v, Thin) else v for v in outs]
 
 
 def _has_floats(equation: Equation) -> bool:

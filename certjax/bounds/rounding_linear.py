@@ -156,11 +156,12 @@ def _solve(problem: Problem, refine: bool) -> None:
             node = equation.inputs[operand]
             if refine and not is_exact(problem, node):
                 found = _enclose(problem, node)
-                problem.env[node] = _intersect(problem.env[node], found)
+                best = _intersect(problem.env[node], found)
+                problem.env[node] = Interval(*rounding.unfused(*best))
                 values[operand] = problem.env[node]
             share = default_share(problem.slope, equation, values)
             problem.lines[i] = _lines(equation, values, operand, share)
-        outputs = rounding.sound_step(equation, values)
+        outputs = rounding.step_once(equation, values)
         problem.env.update(zip(equation.outputs, outputs, strict=True))
         problem.anchors.update(_anchored(problem, i, values))
         problem.apart.update(_set_apart(problem, equation, values))
