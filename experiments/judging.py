@@ -383,7 +383,9 @@ def judge_again(
         finish(run, result, tracker, step=0)
 
 
-def show_finished(run: Run, wanted: DataSettings) -> None:
+def show_finished(
+    run: Run, wanted: DataSettings, show: Callable[[Any], None] = results.show
+) -> None:
     """A finished run is shown, not redone.
 
     The folder of the data is no part of what a run is, their content is. Where the data
@@ -394,12 +396,23 @@ def show_finished(run: Run, wanted: DataSettings) -> None:
     """
     result = runs.read_json(run.path / "result.json")
     with contextlib.suppress(data.DataError):
-        found, known = dataset_of(wanted).sha256, result.get("data_sha256")
-        if known not in {None, found}:
-            raise RunError(
-                f"{run.path} was finished on other data: {wanted.name} had sha256 "
-                f"{known[:12]}, here it has {found[:12]}; name the folder of those "
-                "data, or do the run again on these with fresh=true"
-            )
+        check_same_data(run, wanted, result.get("data_sha256"))
     console.say(f"finished before (fresh=true does it again): {run.path}")
-    results.show(result)
+    show(result)
+
+
+def check_same_data(run: Run, wanted: DataSettings, known: str | None) -> None:
+    """Refuse to go on with a run on other data than it was begun with.
+
+    known: the sha256 that the run wrote down; None: it is too old to have one.
+
+    Raises:
+      RunError: the data of that name are others now.
+    """
+    found = dataset_of(wanted).sha256
+    if known not in {None, found}:
+        raise RunError(
+            f"{run.path} was made on other data: {wanted.name} had sha256 "
+            f"{known[:12]}, here it has {found[:12]}; name the folder of those data, "
+            "or do the run again on these with fresh=true"
+        )

@@ -146,8 +146,7 @@ def work(config: dict[str, Any], launched: Launch) -> None:
     named.pop("parts", None)  # where records come from changes none of them
     run = runs.choose(named, trained.path)
     if runs.finished(run.path) and not settings.fresh:
-        console.say(f"finished before (fresh=true does it again): {run.path}")
-        show(runs.read_json(run.path / "result.json"))
+        judging.show_finished(run, trained.settings.data, show)
         return
     _warn_of_other_noise(task.about)
     with (

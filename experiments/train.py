@@ -20,6 +20,8 @@ from experiments import build, checkpoint, console, data, devices, runs, selecti
 from experiments.cli import Launch, launch
 from experiments.evaluation import as_input, Evaluation, Examples, Weights
 from experiments.judging import (
+    check_same_data,
+    dataset_of,
     evaluation_of,
     examples_of,
     finish,
@@ -184,12 +186,14 @@ def train_and_judge(job: Job, place: Place) -> None:
     """Train unless that is done, evaluate, write the result."""
     path, total, model = place.run.path, job.clock.total, job.evaluation.model
     trained = restored_weights(path, model, job.train.images[0])
-    if trained is None:
+    if trained is not None:
+        _check_continued(job, place, trained)
+    else:
         state, seconds = fit(job, place)
         best = selection.chosen(job.settings, path, model, job.train.images[0])
         weights, note = best or (final_weights(job, state), {"step": total})
         note = {"seconds": seconds, "selected": note}
-        checkpoint.save(path / WEIGHTS, total, weights, **note)
+        checkpoint.save(path / WEIGHTS, total, weights, **note, **_data_of(job))
         trained = checkpoint.Restored(total, weights, note)
     plan = plan_of(job.settings)
     result = judge(place.run, plan, job.evaluation, trained.tree, place.stop)
@@ -210,6 +214,7 @@ def fit(job: Job, place: Place) -> tuple[training.TrainState, float]:
     if found is None:
         rewind(place.run, 0)
         return loop(job, place, state, 0, 0.0)
+    _check_continued(job, place, found)
     console.say(f"continuing after step {found.step} of {job.clock.total}")
     rewind(place.run, found.step)
     return loop(job, place, found.tree, found.step, found.note["seconds"])
@@ -241,12 +246,29 @@ def loop(
             due = time.monotonic() - saved > job.settings.checkpoint_seconds
             signum = place.stop()
             if signum or due or step == total:
-                folder = place.run.path / "checkpoint"
-                checkpoint.save(folder, step, state, seconds=spent())
+                save(job, place, step, state, spent())
                 saved = time.monotonic()
             if signum:
                 raise Stopped(signum, f"after step {step} of {total}")
     return state, spent()
+
+
+def save(
+    job: Job, place: Place, step: int, state: training.TrainState, seconds: float
+) -> Path:
+    """Save the state of a training; where it is."""
+    folder = place.run.path / "checkpoint"
+    checkpoint.save(folder, step, state, seconds=seconds, **_data_of(job))
+    return folder / str(step)
+
+
+def _data_of(job: Job) -> dict[str, str]:
+    """What a checkpoint says of the data it was made on."""
+    return {"data_sha256": dataset_of(job.settings.data).sha256}
+
+
+def _check_continued(job: Job, place: Place, found: checkpoint.Restored) -> None:
+    check_same_data(place.run, job.settings.data, found.note.get("data_sha256"))
 
 
 class Progress(NamedTuple):
@@ -270,13 +292,11 @@ def check(job: Job, place: Place, now: Progress) -> None:
     skipped = now.step - int(now.state.step)
     if skipped <= max(10, PATIENCE * job.clock.total):
         return
-    folder = place.run.path / "checkpoint"
-    good = int(now.state.step)
-    checkpoint.save(folder, good, now.state, seconds=now.seconds)
+    kept = save(job, place, int(now.state.step), now.state, now.seconds)
     raise RunError(
         f"training diverged: {skipped} of {now.step} steps had a loss or gradient that "
         f"is not finite. Step {now.step}: {describe(now.metrics)}. The last good state "
-        f"is kept in {folder}/{good}. Try a smaller optimizer.learning_rate, a smaller "
+        f"is kept in {kept}. Try a smaller optimizer.learning_rate, a smaller "
         "optimizer.clip or a longer schedule.ramp, and start with fresh=true"
     )
 

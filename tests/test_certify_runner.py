@@ -97,12 +97,20 @@ def test_a_finished_run_on_other_data_of_the_same_name_is_not_shown(
     run(train.work, *words, f"data.dir={moved}")
     run(certify.work, *place, f"data_dir={moved}", config="certify")
     assert capsys.readouterr().err.count("finished before") == 2
-    with pytest.raises(RunError, match=r"finished on other data.*fresh=true"):
+    with pytest.raises(RunError, match=r"made on other data.*fresh=true"):
         run(train.work, *words, f"data.dir={other}")
-    with pytest.raises(RunError, match=r"finished on other data.*fresh=true"):
+    with pytest.raises(RunError, match=r"made on other data.*fresh=true"):
         run(certify.work, *place, f"data_dir={other}", config="certify")
     run(certify.work, *place, f"data_dir={other}", "fresh=true", config="certify")
     run(train.work, *words, f"data.dir={tmp_path / 'gone'}")  # shown without its data
+    (path / "done").unlink()  # killed before its end: it goes on on its own data only
+    with pytest.raises(RunError, match=r"made on other data.*fresh=true"):
+        run(train.work, *words, f"data.dir={other}")
+    shutil.rmtree(path / "weights")
+    with pytest.raises(RunError, match=r"made on other data.*fresh=true"):
+        run(train.work, *words, f"data.dir={other}")
+    run(train.work, *words, f"data.dir={moved}")
+    assert "continuing after step" in capsys.readouterr().err
 
 
 def test_a_point_outside_the_set_contradicts_no_certificate(trained, tmp_path):

@@ -17,6 +17,7 @@ from certjax.bounds import (
     Interval,
     plot,
     report,
+    UnsupportedPrimitive,
 )
 from certjax.specification import margins
 from certjax.threat import Box, L1, L2, Linf
@@ -149,6 +150,14 @@ IMAGES = {
     "grouped": lambda x: conv(
         jax.nn.relu(conv(x, K[:, :, :1], feature_group_count=2)), K2
     ),
+    "batch groups": lambda x: lax.conv_general_dilated(
+        jax.nn.relu(jnp.stack([x, x[::-1]])),
+        K,
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        batch_group_count=2,
+    )[0],
     "transposed": lambda x: conv(
         jax.nn.relu(conv(x, K, padding=[(1, 1), (1, 1)], lhs_dilation=(2, 2))), K2, 3
     ),
@@ -262,6 +271,13 @@ def test_unknown_methods_are_refused():
         crown(net, "magic")
     with pytest.raises(ValueError, match="at least one"):
         best()
+
+
+def test_a_slope_that_depends_on_the_input_is_refused():
+    f = lambda x: jax.nn.leaky_relu(x @ W, jnp.abs(x[0]))
+    for bound in (ibp, crown, alpha_crown):
+        with pytest.raises(UnsupportedPrimitive, match="slope depends on the input"):
+            bound(f)(Linf(0.1), X)
 
 
 def test_degenerate_sets_and_nan():

@@ -60,6 +60,7 @@ def convolution(
             rhs_dilation=params["rhs_dilation"],
             dimension_numbers=params["dimension_numbers"],
             feature_group_count=params["feature_group_count"],
+            batch_group_count=params["batch_group_count"],
             precision=params["precision"],
             preferred_element_type=params["preferred_element_type"],
         )
@@ -82,6 +83,7 @@ def _divides(params: dict, kernel: Array) -> bool:
         and all(k % s == 0 for k, s in zip(taps, strides, strict=True))
         and all(d == 1 for d in dilations)
         and params["feature_group_count"] == 1
+        and params["batch_group_count"] == 1
     )
 
 

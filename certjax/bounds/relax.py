@@ -216,8 +216,10 @@ def _abs(_: Equation, values: list, share: Array) -> Relaxation:
 
 
 @register(composite.leaky_relu, shared=True)
-def _leaky_relu(_: Equation, values: list, share: Array) -> Relaxation:
+def _leaky_relu(equation: Equation, values: list, share: Array) -> Relaxation:
     x, left = values
+    if isinstance(left, Interval):
+        return constants(equation, values)  # says that it has no rule
     left = float(left) if not isinstance(left, jax.core.Tracer) else left
     return _bent_lines(x, left, 1.0, share)
 
