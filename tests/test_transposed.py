@@ -1,6 +1,7 @@
 """Every split into scattered and gathered image axes is the same transpose."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
@@ -20,42 +21,78 @@ CASES = {
 LAYOUTS = {1: ["NWC", "NCW"], 2: ["NHWC", "NCHW"], 3: ["NDHWC", "NCDHW"]}
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["channels last", "first"])
-@pytest.mark.parametrize("name", CASES)
-def test_the_split_does_not_matter(name, first):
+def problem(name, first):
+    """A convolution of two images with a kernel, and its parameters as an equation."""
     image, taps, stride, padding, dilation = CASES[name]
     rank = len(image)
     layout = LAYOUTS[rank][0 if first else 1]
     kernel_layout = "DHW"[-rank:] + "IO" if first else "OI" + "DHW"[-rank:]
-    numbers = lax.conv_dimension_numbers(
-        *(tuple(range(rank + 2)),) * 2, (layout, kernel_layout, layout)
-    )
     sizes = dict(zip("DHW"[-rank:], image, strict=True)) | {"N": 2, "C": 3}
     kernel_sizes = dict(zip("DHW"[-rank:], taps, strict=True)) | {"I": 3, "O": 4}
     x = jax.random.normal(jax.random.key(0), [sizes[c] for c in layout])
     kernel = jax.random.normal(
         jax.random.key(1), [kernel_sizes[c] for c in kernel_layout]
     )
-    params = {
-        "dimension_numbers": numbers,
-        "window_strides": stride,
-        "padding": padding,
-        "rhs_dilation": dilation,
-        "precision": None,
-    }
 
-    def convolve(x):
+    def convolve(x, kernel):
         return lax.conv_general_dilated(
             x,
             kernel,
             stride,
             padding,
             rhs_dilation=dilation,
-            dimension_numbers=numbers,
+            dimension_numbers=(layout, kernel_layout, layout),
         )
 
-    value, pull = jax.vjp(convolve, x)
+    (equation,) = jax.make_jaxpr(convolve)(x, kernel).eqns
+    return x, kernel, convolve, equation.params
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["channels last", "first"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_split_does_not_matter(name, first):
+    x, kernel, convolve, params = problem(name, first)
+    value, pull = jax.vjp(lambda x: convolve(x, kernel), x)
     g = jax.random.normal(jax.random.key(2), value.shape)
-    for scattered in range(rank + 1):
+    for scattered in range(x.ndim - 1):
         found = input_gradient(params, x.shape, kernel, g, scattered=scattered)
         np.testing.assert_allclose(found, pull(g)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["channels last", "first"])
+@pytest.mark.parametrize("name", ["strided", "dilated", "one axis"])
+@pytest.mark.parametrize("kernels", [False, True], ids=["one kernel", "many"])
+def test_derivatives_are_those_of_autodiff(name, first, kernels):
+    x, kernel, convolve, params = problem(name, first)
+    shape = jax.eval_shape(convolve, x, kernel).shape
+    g = jax.random.normal(jax.random.key(2), (3, *shape))
+    kernel = jnp.stack([kernel, 2 * kernel, kernel**2]) if kernels else kernel
+    along = (0 if kernels else None, 0)
+    weight = jax.random.normal(jax.random.key(3), (3, *x.shape))
+
+    def ours(kernel, g):
+        return input_gradient(params, x.shape, kernel, g, scattered=1)
+
+    def plain(kernel, g):
+        return jax.vjp(lambda x: convolve(x, kernel), x)[1](g)[0]
+
+    def total(apply):
+        return lambda *args: jnp.sum(weight * jnp.sin(jax.vmap(apply, along)(*args)))
+
+    tangents = (jnp.cos(kernel), jnp.cos(g))
+    found, wanted = (
+        jax.jit(jax.grad(total(apply), (0, 1)))(kernel, g) for apply in (ours, plain)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    along_tangents = lambda f: jax.jit(lambda *args: jax.jvp(f, args, tangents))
+    found, wanted = (along_tangents(total(apply))(kernel, g) for apply in (ours, plain))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    # one gradient for each example: differentiated before the batch is seen
+    each = [
+        jax.jit(
+            jax.vmap(jax.grad(lambda k, v, f=apply: jnp.sum(jnp.sin(f(k, v)))), along)
+        )
+        for apply in (ours, plain)
+    ]
+    np.testing.assert_allclose(*(f(kernel, g) for f in each), rtol=1e-4, atol=1e-4)

@@ -1,6 +1,11 @@
 """Sound bounds of any JAX function over a threat set."""
 
-from certjax.bounds.combine import best, fused_cross_entropy
+from certjax.bounds.combine import (
+    best,
+    fused_cross_entropy,
+    fused_with_layers,
+    margins_with_layers,
+)
 from certjax.bounds.errors import UnsupportedPrimitive
 from certjax.bounds.forward import forward
 from certjax.bounds.interval import ibp, ibp_with_layers
@@ -18,8 +23,10 @@ __all__ = [
     "crown",
     "forward",
     "fused_cross_entropy",
+    "fused_with_layers",
     "ibp",
     "ibp_with_layers",
+    "margins_with_layers",
     "plot",
     "report",
 ]

@@ -2,13 +2,31 @@
 
 from collections.abc import Callable
 from functools import reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from certjax.bounds.interval import ibp
-from certjax.bounds.linear import Bound, crown
-from certjax.bounds.problem import intersect_trees
+from certjax.bounds.interval import activations
+from certjax.bounds.linear import (
+    Bound,
+    by_ibp,
+    close,
+    enclose,
+    lower_ends,
+    pull_back,
+    refinement,
+    rows_of,
+)
+from certjax.bounds.problem import (
+    intersect,
+    intersect_trees,
+    MAX_BYTES,
+    pose,
+    Problem,
+    solve,
+)
+from certjax.bounds.slopes import adaptive
 from certjax.specification import margins
 from certjax.threat import Threat
 from certjax.types import Array, Classifier, Interval, PyTree
@@ -54,11 +72,32 @@ def fused_cross_entropy(
 
     Source: Xu et al. 2020, arXiv:2002.12920, section 3.3 (loss fusion).
     """
-    rows = lambda z: margins(f(z), label)
+    fused = fused_with_layers(f, label, intermediate)
+    return lambda threat, x: fused(threat, x).loss
 
-    def loss(threat: Threat, x: Array) -> Array:
-        known = ibp(rows)(threat, x)
-        low, high = -known.upper, -known.lower
+
+class Fused(NamedTuple):
+    """The fused loss, and the interval bounds that it was found with.
+
+    loss: [], an upper bound of the cross-entropy.
+    margins: [K - 1] bounds of z_label - z_k, by `intermediate` in front of the last
+      activation and interval arithmetic behind it.
+    layers: the intervals that enter each activation, as in `ibp_with_layers`.
+    """
+
+    loss: Array
+    margins: Interval
+    layers: tuple[Interval, ...]
+
+
+def fused_with_layers(
+    f: Classifier, label: Array, intermediate: str = "ibp"
+) -> Callable[[Threat, Array], Fused]:
+    """`fused_cross_entropy`, with all that it knows: nothing is bounded twice."""
+
+    def fused(threat: Threat, x: Array) -> Fused:
+        found = _solved(f, label, intermediate, threat, x)
+        low, high = -found.margins.upper, -found.margins.lower
         # the greatest exponent, so that nothing overflows
         shift = jax.lax.stop_gradient(jnp.maximum(jnp.max(high), 0.0))
         at_low, at_high = jnp.exp(low - shift), jnp.exp(high - shift)
@@ -67,9 +106,60 @@ def fused_cross_entropy(
         wide = high - low > NARROW
         slope = (at_high - at_low) / jnp.where(wide, high - low, 1.0)
         slope = jnp.where(wide, slope, at_high)
-        linear = crown(lambda z: -jnp.sum(slope * rows(z)), intermediate)(threat, x)
-        chords = jnp.sum(at_low - slope * low) + linear.upper
+        rows = rows_of(found.problem, found.target, slope[None])
+        (least,) = close(
+            found.problem, pull_back(found.problem, found.target, rows, both=False)
+        )
+        chords = jnp.sum(at_low - slope * low) - least
         total = jnp.minimum(chords, jnp.sum(at_high))
-        return shift + jnp.log(jnp.exp(-shift) + jnp.maximum(total, 0.0))
+        loss = shift + jnp.log(jnp.exp(-shift) + jnp.maximum(total, 0.0))
+        return Fused(loss, found.margins, found.layers)
 
-    return loss
+    return fused
+
+
+class Margins(NamedTuple):
+    """Bounds of z_label - z_k, [K - 1] each.
+
+    linear: lower bounds by one linear row for each; margins, layers: as in `Fused`.
+    """
+
+    linear: Array
+    margins: Interval
+    layers: tuple[Interval, ...]
+
+
+def margins_with_layers(
+    f: Classifier, label: Array, intermediate: str = "ibp"
+) -> Callable[[Threat, Array], Margins]:
+    """Linear and interval bounds of the margins at once, the linear ones from below."""
+
+    def bound(threat: Threat, x: Array) -> Margins:
+        found = _solved(f, label, intermediate, threat, x)
+        linear = enclose(found.problem, found.target, lower_ends)
+        linear = intersect(found.margins, linear)
+        return Margins(linear.lower, found.margins, found.layers)
+
+    return bound
+
+
+class _Solved(NamedTuple):
+    """A problem solved up to the margins."""
+
+    problem: Problem
+    target: Any
+    margins: Interval
+    layers: tuple[Interval, ...]
+
+
+def _solved(
+    f: Classifier, label: Array, intermediate: str, threat: Threat, x: Array
+) -> _Solved:
+    rows = lambda z: margins(f(z), label)
+    problem, _ = pose(rows, threat, x, slope=adaptive, max_bytes=MAX_BYTES)
+    solve(problem, refinement(intermediate))
+    (target,) = problem.graph.outputs
+    known = problem.env[target]
+    folded = by_ibp(problem, target)
+    known = known if folded is None else intersect(known, folded)
+    return _Solved(problem, target, known, activations(problem.graph, problem.env))

@@ -93,7 +93,7 @@ def ibp_with_layers(
         lower, upper = (
             jax.tree.unflatten(tree, ends) for ends in zip(*outputs, strict=True)
         )
-        return Interval(lower, upper), tuple(_activations(graph, env))
+        return Interval(lower, upper), activations(graph, env)
 
     return bound
 
@@ -110,7 +110,7 @@ def interval_step(equation: Equation, values: list) -> list:
     return out if equation.primitive.multiple_results else [out]
 
 
-def _activations(graph: Graph, env: dict) -> list[Interval]:
+def activations(graph: Graph, env: dict) -> tuple[Interval, ...]:
     """Intervals in front of every nonlinear function of one bounded tensor."""
     layers = []
     for equation in graph.equations:
@@ -118,7 +118,7 @@ def _activations(graph: Graph, env: dict) -> list[Interval]:
         bounded = [v for v in values if isinstance(v, Interval)]
         if equation.primitive in ACTIVATIONS and len(bounded) == 1:
             layers.append(bounded[0])
-    return layers
+    return tuple(layers)
 
 
 def _outputs(graph: Graph, env: dict) -> list[Interval]:

@@ -132,6 +132,7 @@ def pull_back(
     share_of: Shares = _by_default,
     *,
     affine_only: bool = False,
+    both: bool = True,
 ) -> Rows:
     """Linear functions of the input below `state` and below its negative.
 
@@ -140,11 +141,12 @@ def pull_back(
       state: R rows in the target alone.
       share_of: optimised shares; like the coefficients that arrive at an equation.
       affine_only: stop at the results of nonlinear equations.
+      both: also the negatives; without, half the work.
 
     Returns:
       2R rows in the input nodes: R below the rows, then R below their negatives.
     """
-    mirrored, settled = False, {}
+    mirrored, settled = not both, {}
     for i in range(problem.positions.get(target, -1), -1, -1):
         equation = problem.graph.equations[i]
         if not any(o in state.coefficients for o in equation.outputs):
@@ -162,6 +164,12 @@ def pull_back(
 def lower_bounds(problem: Problem, target: Node, state: Rows) -> Array:
     """[2R] or, from patches, [2R, *grid] lower bounds of R rows and their negatives."""
     return close(problem, pull_back(problem, target, state))
+
+
+def lower_ends(problem: Problem, target: Node, state: Rows) -> Array:
+    """`lower_bounds` that leave the negatives of the rows unbounded."""
+    found = close(problem, pull_back(problem, target, state, both=False))
+    return jnp.concatenate([found, jnp.full_like(found, -jnp.inf)])
 
 
 def _take(state: Rows, equation: Equation) -> dict[Node, Any]:
@@ -458,13 +466,13 @@ def by_ibp(problem: Problem, node: Node) -> Interval | None:
     if size > FOLD or mixings(problem, node, since_nonlinear=True) < 2:
         return None
     rows = jnp.eye(size, dtype=node.aval.dtype).reshape(size, *node.aval.shape)
-    state = pull_back(problem, node, rows_of(problem, node, rows), affine_only=True)
-    lower = state.value
+    state = rows_of(problem, node, rows)
+    state = pull_back(problem, node, state, affine_only=True, both=False)
+    middle, spread = state.value, jnp.zeros_like(state.value)
     for cut, coefficients in state.coefficients.items():
         centre, radius = (
             problem.env[cut].upper + sign * problem.env[cut].lower for sign in (1, -1)
         )
-        lower = lower + _contract(coefficients, centre / 2 - problem.anchors[cut])
-        lower = lower - _contract(jnp.abs(coefficients), radius / 2)
-    low, negated = jnp.split(lower, 2)
-    return _shaped(Interval(low, -negated), node.aval.shape)
+        middle = middle + _contract(coefficients, centre / 2 - problem.anchors[cut])
+        spread = spread + _contract(jnp.abs(coefficients), radius / 2)
+    return _shaped(Interval(middle - spread, middle + spread), node.aval.shape)

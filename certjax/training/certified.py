@@ -54,9 +54,7 @@ def crown_ibp(threat: Threat, *, beta: Scalar = 1.0, kappa: Scalar = 0.0) -> Obj
 
     @Itemized
     def objective(key: Key, f: Classifier, x: Array, label: Array) -> Terms:  # noqa: ARG001
-        rows = lambda z: margins(f(z), label)
-        margin, layers = bounds.ibp_with_layers(rows)(threat, x)
-        linear = bounds.crown(rows, "ibp")(threat, x).lower
+        linear, margin, layers = bounds.margins_with_layers(f, label)(threat, x)
         lower = beta * linear + (1 - beta) * margin.lower
         robust = robust_cross_entropy(lower)
         verified = jnp.all(linear > 0)
@@ -84,9 +82,7 @@ def crown_ibp_fused(
 
     @Itemized
     def objective(key: Key, f: Classifier, x: Array, label: Array) -> Terms:  # noqa: ARG001
-        rows = lambda z: margins(f(z), label)
-        margin, layers = bounds.ibp_with_layers(rows)(threat, x)
-        fused = bounds.fused_cross_entropy(f, label)(threat, x)
+        fused, margin, layers = bounds.fused_with_layers(f, label)(threat, x)
         robust = beta * fused + (1 - beta) * robust_cross_entropy(margin.lower)
         verified = jnp.all(margin.lower > 0)
         metrics = {"robust": robust, "fused": fused, "verified": verified}
