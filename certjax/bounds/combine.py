@@ -157,7 +157,7 @@ def _solved(
 ) -> _Solved:
     rows = lambda z: margins(f(z), label)
     problem, _ = pose(rows, threat, x, slope=adaptive, max_bytes=MAX_BYTES)
-    solve(problem, refinement(intermediate))
+    solve(problem, refinement(intermediate), centred=True)
     (target,) = problem.graph.outputs
     known = problem.env[target]
     folded = by_ibp(problem, target)
