@@ -1,4 +1,4 @@
-"""The linear bounds of auto_LiRPA, on PyTorch. Imported only to be compared with.
+"""The bounds of auto_LiRPA, on PyTorch. Imported only to be compared with.
 
 Version 0.7.1 is in its repository alone (Verified-Intelligence/auto_LiRPA); 0.3 is the
 newest on PyPI and asks for an older torch.
@@ -43,6 +43,28 @@ def auto_lirpa(net: Network, label: str, eps: float) -> Callable[[], Any]:
         with torch.no_grad():
             first = label == "CROWN-IBP"
             return bounded.compute_bounds(x=(points,), IBP=first, method="backward")
+
+    return run
+
+
+def ibp_training_step(net: Network, eps: float) -> Callable[[], Any]:
+    """A step of Adam on the cross-entropy of the worst logits by interval bounds."""
+    model, x = torch_network(net)
+    labels = torch.from_numpy(np.array(net.labels, np.int64))
+    bounded = auto_LiRPA.BoundedModule(model, torch.zeros_like(x))
+    box = auto_LiRPA.PerturbationLpNorm(
+        norm=np.inf, eps=eps, x_L=(x - eps).clamp(0, 1), x_U=(x + eps).clamp(0, 1)
+    )
+    points = auto_LiRPA.BoundedTensor(x, box)
+    optimizer = torch.optim.Adam(bounded.parameters(), lr=1e-3)
+    true = torch.nn.functional.one_hot(labels, 10).bool()
+
+    def run() -> Any:
+        optimizer.zero_grad()
+        low, high = bounded.compute_bounds(x=(points,), IBP=True, method=None)
+        worst = torch.where(true, low, high)
+        torch.nn.functional.cross_entropy(worst, labels).backward()
+        optimizer.step()
 
     return run
 

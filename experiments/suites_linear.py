@@ -57,10 +57,18 @@ def _group(
 
 
 def _peer(net: Network, label: str) -> list[Case]:
+    peers = peers_bounds()
+    if peers is None:
+        return []
+    run = peers.auto_lirpa(net, label, EPS)
+    return [Case(f"{label} of auto_LiRPA", run, (), host=True)]
+
+
+def peers_bounds() -> Any:
+    """The module of that name where torch and auto_LiRPA are installed, or None."""
     try:
-        from experiments import peers_bounds  # only where torch is installed
+        from experiments import peers_bounds
     except ImportError as error:
         warn(f"auto_LiRPA is not compared with: {error}")
-        return []
-    run = peers_bounds.auto_lirpa(net, label, EPS)
-    return [Case(f"{label} of auto_LiRPA", run, (), host=True)]
+        return None
+    return peers_bounds

@@ -19,6 +19,7 @@ from certjax.training.losses import cross_entropy
 from certjax.training.segments import split
 from certjax.types import Array, Objective
 from experiments.suites import Case, Group, Network, network
+from experiments.suites_linear import peers_bounds
 
 
 EPS, STEPS, LATENT = 0.1, 8, 4
@@ -26,8 +27,22 @@ CLEAN, GRADIENT, IBP, BEHIND = range(4)  # positions of the parts in a group
 
 
 def training_suite() -> list[Group]:
-    """Every objective on the network of the quick recipes."""
-    return [training_group("cnn4_bn", 128)]
+    """Every objective on the network of the quick recipes; IBP beside auto_LiRPA."""
+    beside = (_peer_group("dm_medium", 100), _peer_group("dm_large", 32))
+    return [training_group("cnn4_bn", 128), *(group for group in beside if group)]
+
+
+def _peer_group(name: str, batch: int) -> Group | None:
+    """A step of IBP training; the peer's is the reference."""
+    peers = peers_bounds()
+    if peers is None:
+        return None
+    net = network(name, batch)
+    peer = Case(
+        "IBP step of auto_LiRPA", peers.ibp_training_step(net, EPS), (), host=True
+    )
+    ours = _step(net, "ibp step", training.ibp(Linf(EPS)))._replace(target=0.9)
+    return Group(f"{name} batch {batch}", [peer, ours])
 
 
 def training_group(name: str, batch: int) -> Group:
