@@ -1,6 +1,7 @@
 """From a JAX function to a flat list of equations, and the loop that walks it.
 
-This is the only file that touches JAX internals, through `jax.extend.core` alone.
+This is the only file that reads JAX's own representation, through `jax.extend.core`
+alone (`transposed` adds a primitive to it).
 `trace` inlines every call (jit, custom derivatives, remat), unrolls a scan and turns a
 cond into a selection wherever they depend on the traced arguments, so that a rule table
 meets plain primitives only. `fuse` folds known runs of equations (softmax, gelu, ...)

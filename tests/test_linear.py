@@ -14,7 +14,9 @@ from certjax.bounds import (
     forward,
     fused_cross_entropy,
     ibp,
+    ibp_with_layers,
     Interval,
+    margins_with_layers,
     plot,
     report,
     UnsupportedPrimitive,
@@ -334,6 +336,19 @@ def test_fused_loss_bounds_the_worst_case():
     )(W)
     assert jnp.isfinite(gradient).all()
     assert jnp.abs(gradient).max() > 0
+
+
+@pytest.mark.parametrize("intermediate", ["ibp", "crown"])
+def test_margins_of_training_are_those_of_crown(intermediate):
+    rows = lambda z: margins(net(z), 1)
+    found = margins_with_layers(net, 1, intermediate)(Linf(0.1), X)
+    both = crown(rows, intermediate)(Linf(0.1), X)
+    np.testing.assert_allclose(found.linear, both.lower, rtol=1e-4, atol=1e-5)
+    known, layers = ibp_with_layers(rows)(Linf(0.1), X)
+    check_no_looser(found.margins, known)
+    assert len(found.layers) == len(layers)
+    for a, b in zip(found.layers, layers, strict=True):
+        check_no_looser(a, b)
 
 
 def test_fused_loss_of_huge_bounds_has_a_gradient():
