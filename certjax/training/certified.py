@@ -14,8 +14,14 @@ import jax.numpy as jnp
 from certjax import bounds
 from certjax.specification import margins
 from certjax.threat import Box, L1, L2, Linf, Threat
-from certjax.training.losses import cross_entropy, robust_cross_entropy
-from certjax.training.objectives import adversary, AttackBuilder, Itemized, Terms
+from certjax.training.losses import robust_cross_entropy
+from certjax.training.objectives import (
+    adversary,
+    AttackBuilder,
+    Itemized,
+    mixed_with_natural,
+    Terms,
+)
 from certjax.training.segments import Layered, shrunk_ibp
 from certjax.types import Array, Attack, Classifier, Interval, Key, Objective, Scalar
 
@@ -24,15 +30,6 @@ Region: TypeAlias = Callable[[Key, Classifier, Array, Array], Box]
 """`region(key, f, x, label) -> Box`: the box that is bounded, inside the threat set."""
 
 RegionBuilder: TypeAlias = Callable[[Threat], Region]
-
-
-def mixed_with_natural(
-    kappa: Scalar, f: Classifier, x: Array, label: Array, robust: Array
-) -> Array:
-    """kappa * CE at x + (1 - kappa) * robust; no clean pass where kappa is 0."""
-    if isinstance(kappa, int | float) and kappa == 0:
-        return robust
-    return kappa * cross_entropy(f(x), label) + (1 - kappa) * robust
 
 
 # ---------------------------------------------------------------------- linear bounds

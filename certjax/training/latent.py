@@ -12,14 +12,15 @@ from certjax import bounds
 from certjax.attacks.losses import Loss
 from certjax.specification import margins
 from certjax.threat import Box, Threat
-from certjax.training.certified import (
-    layered,
-    mixed_with_natural,
-    RegionBuilder,
-    whole_set,
-)
+from certjax.training.certified import layered, RegionBuilder, whole_set
 from certjax.training.losses import robust_cross_entropy
-from certjax.training.objectives import adversary, AttackBuilder, Itemized, Terms
+from certjax.training.objectives import (
+    adversary,
+    AttackBuilder,
+    Itemized,
+    mixed_with_natural,
+    Terms,
+)
 from certjax.training.segments import split
 from certjax.types import Array, Classifier, Interval, Key, Objective, Scalar
 

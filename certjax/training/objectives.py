@@ -133,6 +133,15 @@ def trades(threat: Threat, *, attack: AttackBuilder, beta: Scalar = 6.0) -> Obje
     return objective
 
 
+def mixed_with_natural(
+    kappa: Scalar, f: Classifier, x: Array, label: Array, robust: Array
+) -> Array:
+    """kappa * CE at x + (1 - kappa) * robust; no clean pass where kappa is 0."""
+    if isinstance(kappa, int | float) and kappa == 0:
+        return robust
+    return kappa * cross_entropy(f(x), label) + (1 - kappa) * robust
+
+
 def ibp(threat: Threat, *, kappa: Scalar = 0.0) -> Objective:
     """Interval bounds: kappa * CE at x + (1 - kappa) * CE of the worst case.
 
@@ -147,7 +156,7 @@ def ibp(threat: Threat, *, kappa: Scalar = 0.0) -> Objective:
         rows = bounds.ibp_with_layers(lambda z: margins(f(z), label))
         margin, layers = rows(threat, x)
         robust = robust_cross_entropy(margin.lower)
-        loss = kappa * cross_entropy(f(x), label) + (1 - kappa) * robust
+        loss = mixed_with_natural(kappa, f, x, label, robust)
         metrics = {"robust": robust, "verified": jnp.all(margin.lower > 0)}
         return Terms(loss, metrics, layers, threat.box(x))
 
