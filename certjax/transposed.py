@@ -14,11 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from certjax.types import Array
-from certjax.walk import primitives
+from certjax.walk import bilinear, primitives
 
 
 CONVOLUTION = primitives.conv_general_dilated_p
@@ -156,12 +154,13 @@ def _batched(
     return found.reshape(*shape[:into], count, *shape[into:]), into
 
 
-TRANSPOSED = Primitive("transposed_convolution")
-TRANSPOSED.def_impl(_computed)
-TRANSPOSED.def_abstract_eval(lambda _, g, *, shape, **__: g.update(shape=shape))
-mlir.register_lowering(TRANSPOSED, mlir.lower_fun(_computed, multiple_results=False))
-ad.defbilinear(TRANSPOSED, _towards_kernel, _towards_g)
-batching.primitive_batchers[TRANSPOSED] = _batched
+TRANSPOSED = bilinear(
+    "transposed_convolution",
+    _computed,
+    shape=lambda *, shape, **_: shape,
+    transposes=(_towards_kernel, _towards_g),
+    batched=_batched,
+)
 
 
 def _channels_last(spec: tuple[int, ...]) -> tuple[int, ...]:

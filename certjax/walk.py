@@ -1,7 +1,7 @@
 """From a JAX function to a flat list of equations, and the loop that walks it.
 
-This is the only file that reads JAX's own representation, through `jax.extend.core`
-alone (`transposed` adds a primitive to it).
+This is the only file that touches JAX internals: `jax.extend.core`, and for a primitive
+of our own `jax.interpreters`.
 `trace` inlines every call (jit, custom derivatives, remat), unrolls a scan and turns a
 cond into a selection wherever they depend on the traced arguments, so that a rule table
 meets plain primitives only. `fuse` folds known runs of equations (softmax, gelu, ...)
@@ -19,6 +19,7 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 from jax.extend.core import primitives as p
+from jax.interpreters import ad, batching, mlir
 
 
 primitives = p  # the rule tables take them from here
@@ -132,6 +133,33 @@ def trace(f: Callable, *args: Any, keep_custom: bool = False) -> tuple[Graph, An
     outputs = tuple(builder.inline(closed.jaxpr, closed.consts, inputs))
     graph = Graph(tuple(builder.equations), inputs, outputs, frozenset(builder.depends))
     return graph, jax.tree.structure(shapes)
+
+
+def bilinear(
+    name: str,
+    compute: Callable[..., Any],
+    *,
+    shape: Callable[..., tuple[int, ...]],
+    transposes: tuple[Callable[..., Any], Callable[..., Any]],
+    batched: Callable[..., tuple[Any, int]],
+) -> Any:
+    """A primitive of two arrays, linear in each, whose derivatives are given.
+
+    Args:
+      name: shown in jaxprs.
+      compute: `(a, b, **params) -> array`.
+      shape: `(**params)` -> that of the result, whose dtype is b's.
+      transposes: towards a and towards b, `(cotangent, a, b, **params) -> array`; the
+        operand that is asked for has nothing but its `.aval`.
+      batched: the rule of vmap, `((a, b), (axis, axis), **params) -> (array, axis)`.
+    """
+    primitive = jex.Primitive(name)
+    primitive.def_impl(compute)
+    primitive.def_abstract_eval(lambda _, b, **params: b.update(shape=shape(**params)))
+    mlir.register_lowering(primitive, mlir.lower_fun(compute, multiple_results=False))
+    ad.defbilinear(primitive, *transposes)
+    batching.primitive_batchers[primitive] = batched
+    return primitive
 
 
 def evaluate(graph: Graph, rule: Rule, *args: Any) -> list:
