@@ -148,14 +148,16 @@ def bilinear(
     Args:
       name: shown in jaxprs.
       compute: `(a, b, **params) -> array`.
-      shape: `(**params)` -> that of the result, whose dtype is b's.
+      shape: `(a, b, **params)` -> that of the result, whose dtype is b's.
       transposes: towards a and towards b, `(cotangent, a, b, **params) -> array`; the
         operand that is asked for has nothing but its `.aval`.
       batched: the rule of vmap, `((a, b), (axis, axis), **params) -> (array, axis)`.
     """
     primitive = jex.Primitive(name)
     primitive.def_impl(compute)
-    primitive.def_abstract_eval(lambda _, b, **params: b.update(shape=shape(**params)))
+    primitive.def_abstract_eval(
+        lambda a, b, **params: b.update(shape=shape(a, b, **params))
+    )
     mlir.register_lowering(primitive, mlir.lower_fun(compute, multiple_results=False))
     ad.defbilinear(primitive, *transposes)
     batching.primitive_batchers[primitive] = batched

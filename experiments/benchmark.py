@@ -94,12 +94,17 @@ def machine() -> dict[str, str]:
 
 
 def measure(group: Group, rounds: int) -> Iterable[Row]:
-    """Time the cases of a group in turns; the first is the reference."""
+    """Time the cases of a group in turns; the first is the reference.
+
+    Beside another library each turn begins with a call that is not timed: a case does
+    not pay for the caches, the heap and the spinning threads that the other one left.
+    """
     compiled = [compile_case(case) for case in group.cases]
     runs = [run for run, _, _ in compiled]
     for run in runs:
         run()
-    times = [[timed(run) for run in runs] for _ in range(rounds)]
+    settle = any(case.host for case in group.cases)
+    times = [[timed(run, settle=settle) for run in runs] for _ in range(rounds)]
     for i, case in enumerate(group.cases):
         ms = [row[i] for row in times]
         ratio = statistics.median(row[i] / least_work(case, row) for row in times)
@@ -140,8 +145,10 @@ def compile_case(case: Case) -> tuple[Callable[[], Any], float, float]:
     )
 
 
-def timed(run: Callable[[], Any]) -> float:
-    """Milliseconds of one run."""
+def timed(run: Callable[[], Any], *, settle: bool) -> float:
+    """Milliseconds of one run, after another one if it is to settle first."""
+    if settle:
+        run()
     start = time.perf_counter()
     run()
     return 1e3 * (time.perf_counter() - start)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"certjax.types"},
     {"certjax.walk"},
-    {"certjax.transposed"},
+    {"certjax.convolution"},
     {"certjax.loops"},
     {"certjax.threat", "certjax.specification", "certjax.certificate"},
     {"certjax.models", "certjax.interop"},

@@ -26,6 +26,7 @@ from certjax.bounds.affine import (
     replay,
 )
 from certjax.bounds.errors import unsupported
+from certjax.convolution import convolve
 from certjax.threat import Threat
 from certjax.types import Array, Interval, PyTree
 from certjax.walk import (
@@ -148,6 +149,11 @@ def _spread(middle: Array, rows: tuple[Array, ...], radii: list[Array]) -> Inter
     return Interval(middle - spread, middle + spread)
 
 
+def is_zero(c: Any) -> bool:
+    """Is it the scalar 0, known while tracing?"""
+    return not isinstance(c, jax.core.Tracer) and np.ndim(c) == 0 and float(c) == 0.0
+
+
 def _is_float(atom: Any) -> bool:
     return jnp.issubdtype(atom.aval.dtype, jnp.floating)
 
@@ -233,7 +239,6 @@ def _even(f: Callable[[Array], Array], x: Interval) -> Interval:
 
 nondecreasing(
     p.add_p,
-    p.max_p,
     p.min_p,
     p.clamp_p,
     p.exp_p,
@@ -323,6 +328,16 @@ def register(*primitives: Any) -> Callable:
     return keep
 
 
+@register(p.max_p)
+def _max(equation: Equation, a: Any, b: Any) -> Interval:
+    x, other = (a, b) if isinstance(a, Interval) else (b, a)
+    if not isinstance(other, Interval) and is_zero(other):
+        # the same values; autodiff of a maximum divides the gradient among equals
+        return Interval(*map(jax.nn.relu, x))
+    ends = zip(_interval(a), _interval(b), strict=True)
+    return Interval(*(equation.bind(*pair)[0] for pair in ends))
+
+
 @register(p.sub_p)
 def _sub(equation: Equation, a: Any, b: Any) -> Interval:
     a, b = _interval(a), _interval(b)
@@ -381,10 +396,19 @@ def _affine_in_one(equation: Equation, a: Any, b: Any) -> Interval:
     x = a if isinstance(a, Interval) else b
     centre, radius = (x.lower + x.upper) / 2, (x.upper - x.lower) / 2
     if isinstance(a, Interval):
-        middle, spread = equation.bind(centre, b), equation.bind(radius, jnp.abs(b))
+        middle = _applied(equation, centre, b)
+        spread = _applied(equation, radius, jnp.abs(b))
     else:
-        middle, spread = equation.bind(a, centre), equation.bind(jnp.abs(a), radius)
-    return Interval(middle[0] - spread[0], middle[0] + spread[0])
+        middle = _applied(equation, a, centre)
+        spread = _applied(equation, jnp.abs(a), radius)
+    return Interval(middle - spread, middle + spread)
+
+
+def _applied(equation: Equation, a: Array, b: Array) -> Array:
+    """The equation's one result; a convolution's input gradient has the fast form."""
+    if equation.primitive is p.conv_general_dilated_p:
+        return convolve(equation.params, a, b)
+    return equation.bind(a, b)[0]
 
 
 @register(p.conv_general_dilated_p)

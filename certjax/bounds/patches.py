@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from certjax.bounds.convolution import convolution
 from certjax.bounds.problem import (
     Anchors,
     distance_at,
@@ -26,6 +25,7 @@ from certjax.bounds.problem import (
     values_of,
 )
 from certjax.bounds.relax import operands, relax, Relaxation
+from certjax.convolution import convolve
 from certjax.threat import Threat
 from certjax.types import Array, Interval
 from certjax.walk import Equation, Node, primitives as p
@@ -302,7 +302,8 @@ def _pull_convolution(equation: Equation, values: list, patches: Patches) -> Pul
         return None
     window = _widened(patches.window, params, shape, kernel.shape)
 
-    apply = convolution(params, kernel, window.patch, [(0, 0)] * len(window.size))
+    params = params | {"padding": ((0, 0),) * len(window.size)}
+    apply = lambda v: convolve(params, v, kernel, scatter=False)
     lead = patches.values.shape[: 1 + len(window.grid)]
     rows = patches.values.reshape(-1, *patches.window.patch)
     taps = [kernel.shape[axis] for axis in numbers.rhs_spec[2:]]

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from certjax.bounds import composite
-from certjax.bounds.interval import interval_step
+from certjax.bounds.interval import interval_step, is_zero
 from certjax.bounds.rewrite import greater, lesser, log_of_sum
 from certjax.types import Array, Interval
 from certjax.walk import Equation, primitives as p
@@ -178,7 +178,7 @@ def _against_constant(equation: Equation, values: list, share: Array) -> Relaxat
     left, right = (0.0, 1.0) if equation.primitive is p.max_p else (1.0, 0.0)
     c = values[1] if isinstance(values[0], Interval) else values[0]
     pair = _bent_lines(_bent_operand(equation, values), left, right, share)
-    if _is_zero(c):
+    if is_zero(c):
         return pair
 
     def moved(line: Side) -> Side:
@@ -187,10 +187,6 @@ def _against_constant(equation: Equation, values: list, share: Array) -> Relaxat
         return _elementwise([slope], line.offset + shift)
 
     return Relaxation(*map(moved, pair))
-
-
-def _is_zero(c: Any) -> bool:
-    return not isinstance(c, jax.core.Tracer) and np.ndim(c) == 0 and float(c) == 0.0
 
 
 @register(greater, lesser, shared=True)

@@ -1,4 +1,4 @@
-"""Every split into scattered and gathered image axes is the same transpose."""
+"""Every form of the input gradient of a convolution is the same transpose."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 from jax import lax
 
-from certjax.transposed import input_gradient
+from certjax.convolution import convolve, input_gradient
 
 
 CASES = {
     "plain": ((9, 8), (3, 2), (1, 1), [(0, 0), (0, 0)], (1, 1)),
     "strided": ((9, 8), (3, 2), (2, 3), [(1, 0), (0, 2)], (1, 1)),
     "dilated": ((9, 8), (3, 2), (2, 1), [(2, 1), (1, 0)], (2, 3)),
+    "in blocks": ((9, 8), (4, 4), (2, 2), [(1, 1), (0, 3)], (1, 1)),
+    "in blocks, before them": ((9, 8), (4, 2), (2, 2), [(3, 0), (2, 5)], (1, 1)),
+    "cut": ((9, 8), (3, 2), (2, 3), [(-1, 2), (0, -2)], (1, 1)),
     "rest unused": ((9, 8), (3, 2), (4, 4), [(0, 0), (0, 0)], (1, 1)),
     "more padding than kernel": ((5, 5), (2, 2), (1, 1), [(3, 2), (0, 3)], (1, 1)),
     "one axis": ((9,), (4,), (2,), [(1, 1)], (1,)),
@@ -96,3 +99,40 @@ def test_derivatives_are_those_of_autodiff(name, first, kernels):
         for apply in (ours, plain)
     ]
     np.testing.assert_allclose(*(f(kernel, g) for f in each), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scatter", [True, False])
+@pytest.mark.parametrize("batched", ["images", "kernels", "both"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_convolution_keeps_its_derivatives(name, batched, scatter):
+    x, kernel, convolution, params = problem(name, first=True)
+    stack = lambda v: jnp.stack([v, 2 * v, v**2])
+    x = stack(x) if batched != "kernels" else x
+    kernel = stack(kernel) if batched != "images" else kernel
+    along = {"images": (0, None), "kernels": (None, 0), "both": 0}[batched]
+
+    def results(apply):
+        total = lambda x, w: jnp.sum(jnp.sin(jax.vmap(apply, along)(x, w)))
+        slope = jax.grad(total, (0, 1))
+        tangents = (jnp.cos(x), jnp.cos(kernel))
+        return [slope(x, kernel), jax.jvp(slope, (x, kernel), tangents)]
+
+    ours = lambda x, w: convolve(params, x, w, scatter=scatter)
+    found, wanted = (jax.jit(lambda f=f: results(f))() for f in (ours, convolution))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4)
+    jax.tree.map(close, found, wanted)
+
+
+def test_the_form_does_not_survive_where_it_does_not_hold():
+    x, kernel = jnp.ones((1, 5, 5, 4)), jnp.ones((2, 2, 2, 6))
+    grouped = lambda x, w: lax.conv_general_dilated(
+        x,
+        w,
+        (1, 1),
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=2,
+    )
+    (equation,) = jax.make_jaxpr(grouped)(x, kernel).eqns
+    again = jax.make_jaxpr(lambda x, w: convolve(equation.params, x, w))(x, kernel)
+    assert [e.primitive.name for e in again.eqns] == ["conv_general_dilated"]
