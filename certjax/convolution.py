@@ -14,6 +14,7 @@ after gives the same numbers to rounding.
 
 import functools
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -140,8 +141,8 @@ def _is_narrow(
             sizes, params["padding"], space, params["rhs_dilation"], strict=True
         )
     )
-    few = kernel[into] < 4 and np.prod(kernel) <= 27 * kernel[out]
-    return bool(few and fits and jax.default_backend() == "cpu")
+    few = kernel[into] < 4 and math.prod(kernel) <= 27 * kernel[out]
+    return few and fits and jax.default_backend() == "cpu"
 
 
 def _by_taps(image: Array, kernel: Array, **params: Any) -> Array:
@@ -223,23 +224,21 @@ def _convolved_batch(
     if axes[1] is not None:
         return jax.vmap(functools.partial(_convolved, **params), axes)(*values), 0
     numbers = params["dimension_numbers"]
-    count = image.shape[axes[0]]
-    merged = _merged(image, axes[0], numbers.lhs_spec[0])
-    result = CONVOLVED.bind(merged, kernel, **params)
-    return _separated(result, count, numbers.out_spec[0]), numbers.out_spec[0]
+    into, out = numbers.lhs_spec[0], numbers.out_spec[0]
+    image, sizes = _merged(image, axes[0], into)
+    return _separated(CONVOLVED.bind(image, kernel, **params), sizes, out), out
 
 
-def _merged(v: Array, axis: int, into: int) -> Array:
-    """The batch that vmap added at `axis`, made part of axis `into` of the example."""
+def _merged(v: Array, axis: int, into: int) -> tuple[Array, tuple[int, ...]]:
+    """The batch of vmap, at `axis`, made part of axis `into`; the sizes of both."""
     v = jnp.moveaxis(v, axis, into)
-    size = v.shape[into] * v.shape[into + 1]
-    return v.reshape(*v.shape[:into], size, *v.shape[into + 2 :])
+    sizes = v.shape[into : into + 2]
+    return v.reshape(*v.shape[:into], math.prod(sizes), *v.shape[into + 2 :]), sizes
 
 
-def _separated(v: Array, count: int, axis: int) -> Array:
+def _separated(v: Array, sizes: tuple[int, ...], axis: int) -> Array:
     """The inverse of `_merged`, the batch in front of the axis it was merged into."""
-    size = v.shape[axis] // count
-    return v.reshape(*v.shape[:axis], count, size, *v.shape[axis + 1 :])
+    return v.reshape(*v.shape[:axis], *sizes, *v.shape[axis + 1 :])
 
 
 CONVOLVED = bilinear(
@@ -333,11 +332,10 @@ def _batched(
         return jax.vmap(apply, axes)(kernel, g), 0
     numbers = params["dimension_numbers"]
     into, out = numbers.lhs_spec[0], numbers.out_spec[0]
-    count = g.shape[axes[1]]
-    larger = (*shape[:into], count * shape[into], *shape[into + 1 :])
-    g = _merged(g, axes[1], out)
+    g, sizes = _merged(g, axes[1], out)
+    larger = (*shape[:into], math.prod(sizes), *shape[into + 1 :])
     found = TRANSPOSED.bind(kernel, g, shape=larger, **params)
-    return _separated(found, count, into), into
+    return _separated(found, sizes, into), into
 
 
 TRANSPOSED = bilinear(
