@@ -136,8 +136,15 @@ def _windows(x: Array, plan: _Schedule, least: int) -> tuple[Array, Array]:
 
 def _place(key: Key, shape: tuple, height: Array, width: Array) -> tuple[Array, Array]:
     """The corner of a window drawn uniformly among those that fit."""
+    return _corner(jax.random.uniform(key, (2,)), shape, height, width)
+
+
+def _corner(
+    drawn: Array, shape: tuple, height: Array, width: Array
+) -> tuple[Array, Array]:
+    """The corner that two numbers in [0, 1) choose among those of windows that fit."""
     room = jnp.stack([shape[0] - height, shape[1] - width]) + 1
-    corner = jax.random.randint(key, (2,), 0, room)
+    corner = jnp.minimum(jnp.floor(drawn * room).astype(jnp.int32), room - 1)
     return corner[0], corner[1]
 
 
@@ -171,10 +178,11 @@ def _corner_moves(threat: Threat, x: Array, plan: _Schedule) -> _Moves:
         return jnp.where(stripes.reshape(x.shape) > 0, upper, lower)
 
     def change(key: Key, z: Array, i: Array) -> Array:
-        place, sign = jax.random.split(key)
+        # one draw for all: the generator is a tenth of a query of a small network
+        drawn = jax.random.uniform(key, (2 + shape[2],))
         window = heights[i], widths[i]
-        mask = _mask(shape, _place(place, shape, *window), *window)
-        up = _signs(sign, (1, 1, shape[2])) > 0
+        mask = _mask(shape, _corner(drawn[:2], shape, *window), *window)
+        up = drawn[2:] < 0.5
         mask, up = (jnp.broadcast_to(v, shape).reshape(x.shape) for v in (mask, up))
         return jnp.where(mask, jnp.where(up, upper, lower), z)
 
