@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from certjax.attacks import robust_accuracy_curve
+from certjax.attacks.cascade import class_notes
 from certjax.models import classifier
 from certjax.threat import Linf
-from experiments import results
+from experiments import judging, results
 from experiments.attacking import distances_of, Smoothed
 from experiments.evaluation import as_input, curve, Evaluation, Examples, Record
 from experiments.judging import Plan
@@ -66,8 +67,6 @@ def warnings(rows: list[Record], plan: Plan, task: Evaluation) -> list[str]:
         "the outputs look like probabilities: attack the logits": (
             not randomised and _probabilities(task)
         ),
-        f"the DLR losses need more than {plan.data.classes} classes: the margin stands "
-        "in for them": cascade and plan.data.classes < 4,
         "the classifier is randomised: choose attack=autoattack_rand": (
             cascade and randomised and node.get("version") != "rand"
         ),
@@ -75,6 +74,9 @@ def warnings(rows: list[Record], plan: Plan, task: Evaluation) -> list[str]:
         "could not: their gradients may be masked": by_square > MASKED * total,
     }
     more = [text for text, holds in found.items() if holds]
+    if cascade:
+        threat, adversary = judging.adversary_of(plan)
+        more += class_notes(adversary.make(threat=threat), plan.data.classes)
     return results.masked(rows) + more
 
 

@@ -192,7 +192,7 @@ def test_one_perturbation_for_all(trained):
 
 
 def test_moved_images_and_patches_are_judged_whatever_eps_is(trained):
-    for name in ("patch", "rotation_translation"):
+    for name in ("patch", "rotation_translation", "corruption"):
         result, rows, _ = attacked(trained, f"attack={name}", *FREE[name])
         assert result["consistent"]
         broken = [row for row in rows if row["correct"] and not row["robust"]]
@@ -203,6 +203,7 @@ def test_moved_images_and_patches_are_judged_whatever_eps_is(trained):
 FREE = {
     "patch": ("attack.side=3", "attack.steps=5", "attack.places=2"),
     "rotation_translation": ("attack.angles=5", "attack.shifts=3"),
+    "corruption": ("attack.severities=3",),
 }
 
 
@@ -330,6 +331,7 @@ def test_pictures_reach_the_table_of_wandb(trained, monkeypatch, tmp_path):
 
 TINY = {"steps": 4, "queries": 400, "searches": 2, "bisections": 2, "samples": 8}
 TINY |= {"targets": 2, "angles": 3, "shifts": 3, "places": 1, "tries": 20}
+TINY |= {"severities": 2}
 
 
 @pytest.mark.slow

@@ -95,13 +95,29 @@ def test_more_restarts_are_never_weaker():
     assert jnp.all(loss(3) >= loss(1))
 
 
-def test_targeted_pgd_raises_the_target():
+AIMED = (attacks.pgd, attacks.bim, attacks.mi_fgsm, attacks.ni_fgsm)
+
+
+@pytest.mark.parametrize("make", AIMED)
+def test_targeted_attacks_raise_the_target(make):
     f, (xs, labels) = network(), data()
-    attack = attacks.pgd(Linf(0.3), steps=10, goal="targeted")
-    zs = run(attack, f, xs, labels)
+    zs = run(make(Linf(0.3), steps=10, goal="targeted"), f, xs, labels)
     before = jax.vmap(lambda x, y: jax.nn.log_softmax(f(x))[y])(xs, labels)
     after = jax.vmap(lambda x, y: jax.nn.log_softmax(f(x))[y])(zs, labels)
     assert jnp.all(after >= before)
+    assert jnp.mean(after) > jnp.mean(before) + 0.1
+
+
+@pytest.mark.parametrize("make", [attacks.bim, attacks.mi_fgsm, attacks.ni_fgsm])
+def test_a_box_is_attacked_like_the_ball_that_it_is(make):
+    f, (xs, labels) = network(), data()
+    ball = Linf(0.1, low=-1.0, high=2.0)  # no coordinate is cut
+    box = Box(*ball.box(xs[0]))
+    z, same = (
+        jax.jit(make(threat), static_argnums=1)(KEY, f, xs[0], labels[0])
+        for threat in (ball, box)
+    )
+    np.testing.assert_allclose(z, same, atol=1e-6)
 
 
 def test_integers_are_refused():

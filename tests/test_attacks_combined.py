@@ -9,6 +9,7 @@ import pytest
 
 from certjax import attacks
 from certjax.attacks.apgd import Windows
+from certjax.attacks.cascade import class_notes
 from certjax.attacks.geometry import into_l1_box, largest, to_hyperplane, total
 from certjax.bounds import ibp
 from certjax.specification import margins
@@ -226,16 +227,122 @@ def test_saturated_logits_have_a_zero_gradient():
         assert any(text in warning for warning in found.warnings) == flat
 
 
-def test_autoattack_is_a_pure_attack_with_the_budget_of_the_reference():
-    stages = attacks.autoattack_stages(Linf(0.1))
-    assert [(s.name, s.rounds) for s in stages] == [
-        ("apgd-ce", 1),
-        ("apgd-t", 9),
-        ("fab-t", 9),
-        ("square", 1),
-    ]
+REFERENCE = {  # names and rounds of the authors' code, set_version in autoattack.py
+    ("standard", Linf): "apgd-ce 1, apgd-t 9, fab-t 9, square 1",
+    ("standard", L2): "apgd-ce 1, apgd-t 9, fab-t 9, square 1",
+    ("standard", L1): "apgd-ce 5, apgd-t 5, fab-t 9, square 1",
+    ("plus", Linf): "apgd-ce 5, apgd-dlr 5, fab 1, square 1, apgd-t 9, fab-t 9",
+    ("rand", L2): "apgd-ce 1, apgd-dlr 1",
+}
+
+
+@pytest.mark.parametrize(("version", "norm"), REFERENCE)
+def test_autoattack_has_the_rounds_of_the_reference(version, norm):
+    stages = attacks.autoattack_stages(norm(0.1), version)
+    rounds = ", ".join(f"{stage.name} {stage.rounds}" for stage in stages)
+    assert rounds == REFERENCE[version, norm]
+
+
+def test_autoattack_needs_a_norm():
     with pytest.raises(TypeError, match="Box"):
         attacks.autoattack_stages(Box(XS[0], XS[0]))
+
+
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-t", "fab-t", "fab", "square"])
+def test_autoattack_spends_what_the_reference_does(name):
+    """Evaluations that a network sees which is never broken, of one round."""
+    stages = {
+        stage.name: stage
+        for version in ("standard", "plus")
+        for stage in attacks.autoattack_stages(Linf(0.1), version)
+    }
+    seen = []
+
+    def put(value):
+        seen.append(value)
+        return np.zeros(value.shape, np.float32)
+
+    def told(x):
+        like = jax.ShapeDtypeStruct((), jnp.float32)
+        x0 = jax.lax.stop_gradient(x[0])
+        count = jax.pure_callback(put, like, x0, vmap_method="expand_dims")
+        return 1e-3 * jnp.tanh(linear(x)) + jnp.eye(CLASSES)[0] + count
+
+    attack = stages[name].attack(Linf(0.1), 0)
+    jax.block_until_ready(jax.jit(lambda x: attack(KEY, told, x, 0))(XS[0]))
+    verdicts = {"apgd-ce": 1, "apgd-t": 2, "fab-t": 3, "fab": 3, "square": 1}
+    budget = {"apgd-ce": 101, "apgd-t": 101, "fab-t": 200, "fab": 1000, "square": 5000}
+    assert len(seen) == budget[name] + verdicts[name]
+
+
+@pytest.mark.parametrize(
+    ("version", "classes", "words"),
+    [
+        ("standard", 2, ("DLR losses need more than 2", "9 target classes")),
+        ("standard", 3, ("DLR losses need more than 3", "9 target classes")),
+        ("standard", 10, ()),
+        ("rand", 2, ("DLR losses need more than 2",)),
+        ("rand", 3, ()),
+        ("plus", 5, ("9 target classes",)),
+    ],
+)
+def test_too_few_classes_are_warned_of(version, classes, words):
+    notes = class_notes(attacks.autoattack_stages(Linf(0.1), version), classes)
+    assert len(notes) == len(words)
+    assert all(word in note for word, note in zip(words, notes, strict=True))
+
+
+@pytest.mark.parametrize("version", ["standard", "rand"])
+def test_a_randomised_classifier_is_warned_of(version):
+    brief = attacks.Stage("square", lambda t, _: attacks.square(t, queries=2))
+    stages = (brief,) if version == "standard" else STAGES[:1]
+    run = attacks.cascade(stages, Linf(0.03), lanes=4)
+    found = run(KEY, attacks.noisy(linear, 0.01, 2), XS, LABELS)
+    warned = any("randomised" in text for text in found.warnings)
+    assert warned == (version == "standard")
+
+
+def test_masked_gradients_are_warned_of():
+    """Square breaks what a staircase hides from the attacks that follow gradients."""
+    staircase = lambda x: linear(jnp.round(50 * x) / 50)
+    labels = jnp.argmax(jax.vmap(staircase)(XS), axis=1)
+    search = attacks.Stage("square", lambda t, _: attacks.square(t, queries=50))
+    run = attacks.cascade((*STAGES[:1], search), Linf(0.2), lanes=4)
+    found = run(KEY, staircase, XS, labels)
+    assert (found.by == 1).any()
+    assert any("may be masked" in text for text in found.warnings)
+    assert run(KEY, linear, XS[:0], LABELS[:0]).warnings == ()
+
+
+def test_probabilities_are_warned_of():
+    found = attacks.cascade(STAGES[:1], Linf(0.03), lanes=4)(
+        KEY, lambda x: jax.nn.softmax(linear(x)), XS, LABELS
+    )
+    assert any("probabilities" in text for text in found.warnings)
+
+
+THERE, AIMED = Linf(0.3), {"goal": "targeted"}
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [
+        lambda attack: attacks.restarts(attack(THERE), 2, **AIMED),
+        lambda attack: attacks.strongest(attack(THERE), attack(THERE), **AIMED),
+        lambda attack: attacks.until_broken(attack(THERE), attack(THERE), **AIMED),
+        lambda attack: attacks.minimal(attack, THERE, bisections=3, **AIMED),
+    ],
+    ids=["restarts", "strongest", "until_broken", "minimal"],
+)
+def test_combinations_reach_the_targets_of_their_attacks(combine):
+    targets = (LABELS + 1) % CLASSES
+    make = functools.partial(attacks.bim, **AIMED)
+    reached = lambda zs: np.argmax(jax.vmap(linear)(zs), axis=1) == targets
+    alone = reached(run(make(THERE), labels=targets))
+    assert alone.any()
+    zs = run(combine(make), labels=targets)
+    assert (reached(zs) >= alone).all()
+    assert jax.vmap(THERE.contains)(XS, zs).all()
 
 
 @pytest.mark.slow
@@ -246,34 +353,3 @@ def test_autoattack_breaks_a_linear_classifier_where_it_can(version):
     broken = np.argmax(jax.vmap(linear)(zs), axis=1) != LABELS
     assert (broken >= (nearest(1) < eps * (1 - 1e-4))).all()
     assert not broken[nearest(1) > eps * (1 + 1e-4)].any()
-
-
-def test_straight_through_has_the_defense_values_and_the_stand_in_gradients():
-    rounded = attacks.straight_through(jnp.round)
-    value, slope = jax.value_and_grad(lambda x: jnp.sum(rounded(x)))(XS[0])
-    assert value == jnp.sum(jnp.round(XS[0]))
-    assert (slope == 1).all()
-
-
-def test_transfer_never_asks_the_target():
-    def never(x):
-        raise AssertionError("the target was evaluated")
-
-    fgsm = attacks.fgsm(Linf(0.1))
-    attack = attacks.transfer(fgsm, [linear, linear])
-    z = jax.jit(lambda x: attack(KEY, never, x, LABELS[0]))(XS[0])
-    direct = jax.jit(lambda x: fgsm(KEY, linear, x, LABELS[0]))(XS[0])
-    np.testing.assert_allclose(z, direct)
-
-
-def test_attacks_through_noise_and_one_perturbation_for_all():
-    noisy = attacks.noisy(linear, 0.1, 4)
-    attack = attacks.pgd(L2(0.2), steps=3)
-    z = jax.jit(lambda x: attack(KEY, noisy, x, LABELS[0]))(XS[0])
-    assert L2(0.2).contains(XS[0], z)
-    delta = jax.jit(
-        functools.partial(attacks.universal(Linf(0.1), steps=5), KEY, linear)
-    )(XS, LABELS)
-    assert jnp.max(jnp.abs(delta)) <= jnp.float32(0.1)
-    accuracy = lambda zs: jnp.mean(jnp.argmax(jax.vmap(linear)(zs), axis=1) == LABELS)
-    assert accuracy(XS + delta[None]) <= accuracy(XS)

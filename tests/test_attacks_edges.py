@@ -13,6 +13,7 @@ from certjax.threat import L1, L2, Linf
 
 KEY = jax.random.key(0)
 SHAPE, CLASSES = (4, 4, 1), 5
+ONE = functools.partial(attacks.square, queries=1)
 WITHIN = {
     "fgsm": (attacks.fgsm, Linf(0.1)),
     "pgd": (functools.partial(attacks.pgd, steps=3), L2(0.3)),
@@ -28,6 +29,10 @@ WITHIN = {
     "square-l1": (functools.partial(attacks.square, queries=20), L1(1.0)),
     "spsa": (functools.partial(attacks.spsa, queries=100, samples=8), Linf(0.1)),
     "nes": (functools.partial(attacks.nes, queries=100, samples=8), L2(0.3)),
+    "mi-l1": (functools.partial(attacks.mi_fgsm, steps=3), L1(1.0)),
+    "restarts": (lambda threat: attacks.restarts(attacks.bim(threat), 2), Linf(0.1)),
+    "strongest": (lambda t: attacks.strongest(attacks.fgsm(t), ONE(t)), Linf(0.1)),
+    "in turn": (lambda t: attacks.until_broken(attacks.fgsm(t), ONE(t)), L2(0.3)),
 }
 SHORT = {"searches": 2, "steps": 5}
 NEAREST = {
@@ -42,6 +47,8 @@ NEAREST = {
     "ead": (functools.partial(attacks.ead, **SHORT), L1(0.3)),
     "hopskipjump": (functools.partial(attacks.hopskipjump, queries=200), L2(0.3)),
     "boundary": (functools.partial(attacks.boundary, queries=100), L2(0.3)),
+    "minimal": (lambda t: attacks.minimal(attacks.fgsm, t, bisections=3), L2(0.3)),
+    "corruption": (functools.partial(attacks.corruption, severities=2), L2(0.3)),
     "patch": (functools.partial(attacks.patch, side=2, steps=3), L2(0.3)),
     "rotation": (
         functools.partial(attacks.rotation_translation, angles=3, shifts=3),
@@ -60,24 +67,33 @@ CASES = {
 }
 
 
-def classifier(weight):
-    return lambda x: jnp.tanh(x.ravel() - 0.5) @ weight
+def classifier(weight, sighted=True):
+    """Where it is not sighted, its logits are NaN for all inputs but IMAGE."""
+
+    def f(x):
+        known = jnp.logical_or(sighted, jnp.all(x == IMAGE))
+        return jnp.where(known, jnp.tanh(x.ravel() - 0.5) @ weight, jnp.nan)
+
+    return f
 
 
 @functools.cache
 def compiled(name):
     """One program per attack serves every case."""
     make, threat = (WITHIN | NEAREST)[name]
-    return jax.jit(
-        lambda weight, x, label: make(threat)(KEY, classifier(weight), x, label)
-    )
+
+    @jax.jit
+    def run(weight, x, label, sighted):
+        return make(threat)(KEY, classifier(weight, sighted), x, label)
+
+    return run
 
 
 @pytest.mark.parametrize("name", [*WITHIN, *NEAREST])
 def test_finite_and_inside_whatever_the_network(name):
     for weight, x in CASES.values():
         label = jnp.argmax(classifier(weight)(x))
-        z = compiled(name)(weight, x, label)
+        z = compiled(name)(weight, x, label, True)
         assert np.isfinite(z).all()
         if name in WITHIN:
             assert WITHIN[name][1].contains(x, z)
@@ -86,9 +102,16 @@ def test_finite_and_inside_whatever_the_network(name):
 
 
 @pytest.mark.parametrize("name", [*WITHIN, *NEAREST])
+def test_a_point_without_numbers_is_no_success(name):
+    label = jnp.argmax(classifier(WEIGHT)(IMAGE))
+    z = compiled(name)(WEIGHT, IMAGE, label, False)
+    assert (z == IMAGE).all()
+
+
+@pytest.mark.parametrize("name", [*WITHIN, *NEAREST])
 def test_a_misclassified_input_stays_misclassified(name):
     label = jnp.argmin(classifier(WEIGHT)(IMAGE))
-    z = compiled(name)(WEIGHT, IMAGE, label)
+    z = compiled(name)(WEIGHT, IMAGE, label, True)
     assert jnp.argmax(classifier(WEIGHT)(z)) != label
 
 
@@ -119,7 +142,7 @@ def test_square_searches_any_shape(shape, threat):
 
 
 EVERY = [*WITHIN, *NEAREST]
-IMAGES_ONLY = ("patch", "rotation")
+IMAGES_ONLY = ("patch", "rotation", "corruption")
 QUICK = ("pgd", "apgd-linf", "fab-t-l2", "square-linf", "deepfool", "ddn", "cw")
 ON_VECTORS = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)

@@ -22,6 +22,7 @@ from certjax.attacks.combine import (
     targeted_sweep,
     until_broken,
 )
+from certjax.attacks.corrupt import corruption
 from certjax.attacks.fab import fab, fab_minimum
 from certjax.attacks.gradient import bim, fgsm, mi_fgsm, ni_fgsm, pgd
 from certjax.attacks.losses import (
@@ -68,6 +69,7 @@ __all__ = [
     "boundary",
     "carlini_wagner",
     "cascade",
+    "corruption",
     "cross_entropy",
     "cross_entropy_towards",
     "ddn",

@@ -247,30 +247,35 @@ def _notes(
     stages: tuple[Stage, ...], looks: _Look, *, randomised: bool
 ) -> tuple[str, ...]:
     """The warnings of the reference that the clean examples give."""
-    logits = looks.logits
-    classes, names = logits.shape[1], [stage.name for stage in stages]
-    targets = max((stage.rounds for stage in stages if stage.ranks), default=0)
+    logits, names = looks.logits, [stage.name for stage in stages]
     found = {
         f"{np.isnan(logits).any(axis=1).sum()} examples have NaN logits: not attacked, "
         "counted as not robust": np.isnan(logits).any(),
         f"{looks.flat.sum()} examples have a zero gradient: attacks that follow the "
         "gradient may overestimate robustness": looks.flat.any(),
         "the outputs look like probabilities: attack the logits": _is_simplex(logits),
-        f"the DLR losses need more than {classes} classes: the margin stands in": (
-            _uses_dlr(names, classes)
-        ),
-        f"{targets} target classes were asked for, {classes - 1} exist": (
-            targets > classes - 1
-        ),
         "the classifier is randomised: use version='rand'": (
             randomised and "square" in names
         ),
     }
+    noted = tuple(text for text, holds in found.items() if holds)
+    return noted + (class_notes(stages, logits.shape[1]) if len(logits) else ())
+
+
+def class_notes(stages: tuple[Stage, ...], classes: int) -> tuple[str, ...]:
+    """The warnings of the reference about too few classes."""
+    names = {stage.name for stage in stages}
+    least = 4 if "apgd-t" in names else 3 if "apgd-dlr" in names else 0
+    targets = max((stage.rounds for stage in stages if stage.ranks), default=0)
+    found = {
+        f"the DLR losses need more than {classes} classes: the margin stands in": (
+            classes < least
+        ),
+        f"{targets} target classes were asked for, {classes - 1} exist": (
+            targets > classes - 1
+        ),
+    }
     return tuple(text for text, holds in found.items() if holds)
-
-
-def _uses_dlr(names: list[str], classes: int) -> bool:
-    return ("apgd-dlr" in names and classes < 3) or ("apgd-t" in names and classes < 4)
 
 
 def _is_simplex(logits: np.ndarray) -> bool:

@@ -3,6 +3,10 @@
 A combined attack is an attack again: one example, pure, under jit and vmap. Where it
 stops early, it stops for a whole batch only once every example is broken; the cascade
 drops broken examples from the batch instead.
+
+x itself is a candidate too, so that an attacked accuracy can never exceed the clean
+one: with an explicit Box, x has to lie in it. `goal` is that of the attacks: where it
+is "targeted", `label` is the class to reach and the loss is descended.
 """
 
 import dataclasses
@@ -29,12 +33,14 @@ from certjax.threat import Threat
 from certjax.types import Array, Attack, Classifier, Key
 
 
-def strongest(*attacks: Attack, loss: Loss = margin_loss) -> Attack:
+def strongest(
+    *attacks: Attack, loss: Loss = margin_loss, goal: Goal = "untargeted"
+) -> Attack:
     """All attacks; of their points the one with the highest loss at the label."""
     _needs_attacks(attacks)
 
     def attack(key: Key, f: Classifier, x: Array, label: Array) -> Array:
-        at = judge(at_random(f, key), label, loss, "untargeted")
+        at = judge(at_random(f, key), label, loss, goal)
         best = at(x)
         for i, each in enumerate(attacks):
             own = jax.random.fold_in(key, i)
@@ -44,10 +50,16 @@ def strongest(*attacks: Attack, loss: Loss = margin_loss) -> Attack:
     return guarded(attack)
 
 
-def restarts(attack: Attack, count: int, *, loss: Loss = margin_loss) -> Attack:
+def restarts(
+    attack: Attack,
+    count: int,
+    *,
+    loss: Loss = margin_loss,
+    goal: Goal = "untargeted",
+) -> Attack:
     """The same attack with `count` keys, until one of them breaks the example."""
     check_counts(count=count)
-    return _sequence(lambda _: attack, count, loss, "untargeted")
+    return _sequence(lambda _: attack, count, loss, goal)
 
 
 def targeted_sweep(
@@ -90,12 +102,14 @@ def fab_targeted(
     return targeted_sweep(make, targets)
 
 
-def until_broken(*attacks: Attack, loss: Loss = margin_loss) -> Attack:
+def until_broken(
+    *attacks: Attack, loss: Loss = margin_loss, goal: Goal = "untargeted"
+) -> Attack:
     """The attacks in turn; those after the first success have no effect."""
     _needs_attacks(attacks)
 
     def attack(key: Key, f: Classifier, x: Array, label: Array) -> Array:
-        at = judge(at_random(f, key), label, loss, "untargeted")
+        at = judge(at_random(f, key), label, loss, goal)
         best = at(x)
         for i, each in enumerate(attacks):
             own = functools.partial(bare(each), jax.random.fold_in(key, i), f, x, label)
@@ -111,6 +125,7 @@ def minimal(
     threat: Threat,
     *,
     bisections: int = 10,
+    goal: Goal = "untargeted",
 ) -> Attack:
     """The smallest radius at which an attack succeeds, by bisection of eps.
 
@@ -118,15 +133,16 @@ def minimal(
       attack: `threat -> attack`, e.g. `functools.partial(pgd, steps=40)`.
       threat: its eps is the largest radius tried; the set must have an eps.
       bisections: halvings after the first try at the largest radius.
+      goal: of the attack.
 
     Returns:
-      An attack whose result is the misclassified point found at the smallest radius,
+      An attack whose result is the point that reached the goal at the smallest radius,
       x itself where none was found.
     """
     check_counts(bisections=bisections)
 
     def run(key: Key, f: Classifier, x: Array, label: Array) -> Array:
-        at = judge(at_random(f, key), label, margin_loss, "untargeted")
+        at = judge(at_random(f, key), label, margin_loss, goal)
 
         def attempt(i: Array, eps: Array) -> Judged:
             own = bare(attack(with_radius(threat, eps)))

@@ -117,43 +117,61 @@ def pgd(  # noqa: PLR0913
     return guarded(attack)
 
 
-def bim(threat: Threat, *, steps: int = 10, step_size: Scalar | None = None) -> Attack:
+def bim(
+    threat: Threat,
+    *,
+    steps: int = 10,
+    step_size: Scalar | None = None,
+    goal: Goal = "untargeted",
+) -> Attack:
     """The basic iterative method: PGD from x itself.
 
     Source: Kurakin et al. 2017, arXiv:1607.02533.
     """
-    return pgd(threat, steps=steps, step_size=step_size, random_start=False)
+    return pgd(threat, steps=steps, step_size=step_size, random_start=False, goal=goal)
 
 
-def mi_fgsm(threat: Threat, *, steps: int = 10, momentum: float = 1.0) -> Attack:
+def mi_fgsm(
+    threat: Threat,
+    *,
+    steps: int = 10,
+    momentum: float = 1.0,
+    goal: Goal = "untargeted",
+) -> Attack:
     """Momentum iterative FGSM, the base of transfer attacks.
 
     Source: Dong et al. 2018, arXiv:1710.06081, algorithm 1.
     """
-    return _transfer(threat, steps, momentum, nesterov=False)
+    return _transfer(threat, steps, momentum, goal, nesterov=False)
 
 
-def ni_fgsm(threat: Threat, *, steps: int = 10, momentum: float = 1.0) -> Attack:
+def ni_fgsm(
+    threat: Threat,
+    *,
+    steps: int = 10,
+    momentum: float = 1.0,
+    goal: Goal = "untargeted",
+) -> Attack:
     """MI-FGSM with Nesterov's look-ahead.
 
     Source: Lin et al. 2020, arXiv:1908.06281, algorithm 1.
     """
-    return _transfer(threat, steps, momentum, nesterov=True)
+    return _transfer(threat, steps, momentum, goal, nesterov=True)
 
 
-def _transfer(threat: Threat, steps: int, momentum: float, *, nesterov: bool) -> Attack:
-    def attack(key: Key, f: Classifier, x: Array, label: Array) -> Array:
-        length = _step_length(threat, x, steps, None) / 2.5
-        return pgd(
-            threat,
-            steps=steps,
-            step_size=length,
-            momentum=momentum,
-            nesterov=nesterov,
-            random_start=False,
-        )(key, f, x, label)
-
-    return attack
+def _transfer(
+    threat: Threat, steps: int, momentum: float, goal: Goal, *, nesterov: bool
+) -> Attack:
+    """Steps that add up to one radius; of a Box, to its half width."""
+    return pgd(
+        threat,
+        steps=steps,
+        step_size=getattr(threat, "eps", 1.0) / steps,
+        momentum=momentum,
+        nesterov=nesterov,
+        random_start=False,
+        goal=goal,
+    )
 
 
 def _start(threat: Threat, key: Key, x: Array) -> Array:

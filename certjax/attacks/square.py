@@ -104,8 +104,8 @@ class _Schedule(NamedTuple):
 
 
 def sides(plan: _Schedule, pixels: int, least: int) -> np.ndarray:
-    """[queries - 1] int: the side of the square of each query after the first."""
-    made = np.arange(plan.queries - 1) * (10_000 / plan.horizon)
+    """[queries] int: the side of the i-th square, which query i + 1 tries."""
+    made = np.arange(plan.queries) * (10_000 / plan.horizon)
     halvings = np.searchsorted(HALVINGS, made, side="left")
     side = np.sqrt(plan.share * pixels / 2.0**halvings)
     return np.maximum(np.rint(side).astype(np.int32), least)
@@ -126,7 +126,7 @@ def _as_image(x: Array) -> Array:
 
 
 def _windows(x: Array, plan: _Schedule, least: int) -> tuple[Array, Array]:
-    """[queries - 1] heights and widths; a square's area where the image is a line."""
+    """[queries] heights and widths; a square's area where the image is a line."""
     h, w, _ = _as_image(x).shape
     side = sides(plan, h * w, least)
     if min(h, w) == 1:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from certjax.attacks.gradient import pgd
 from certjax.attacks.losses import log_odds, Loss
 from certjax.attacks.search import (
+    at_random,
     bare,
     check_counts,
     checked_input,
@@ -222,23 +223,19 @@ def rotation_translation(
     """
     check_counts(angles=angles, shifts=shifts)
 
-    def attack(key: Key, f: Classifier, x: Array, label: Array) -> Array:  # noqa: ARG001
+    def attack(key: Key, f: Classifier, x: Array, label: Array) -> Array:
         if x.ndim != 3:
             raise ValueError(f"rotation needs an image [H, W, C], got {x.shape}")
+        at = judge(at_random(f, key), label, loss, "untargeted")
         turn = jnp.deg2rad(jnp.linspace(-degrees, degrees, angles))
         slide = jnp.linspace(-pixels, pixels, shifts)
         grid = jnp.stack(jnp.meshgrid(turn, slide, slide), axis=-1).reshape(-1, 3)
-        moved = lambda pose: jnp.clip(_moved(x, pose), threat.low, threat.high)
 
-        def score(pose: Array) -> Array:
-            logits = f(moved(pose))
-            wrong = jnp.argmax(logits) != label
-            value = jnp.nan_to_num(loss(logits, label), nan=-jnp.inf)
-            return jnp.where(wrong, jnp.inf, value)
+        def attempt(i: Array, best: Judged) -> Judged:
+            moved = jnp.clip(_moved(x, grid[i]), threat.low, threat.high)
+            return keep(best, at(moved))
 
-        worst = jnp.argmax(jax.lax.map(score, grid))
-        clean = jnp.argmax(f(x)) != label
-        return jnp.where(clean, x, moved(grid[worst]))
+        return fori(len(grid), attempt, at(x)).z
 
     return guarded(attack)
 
@@ -287,7 +284,7 @@ def patch(
                 f"a patch of side {side} needs an image [H, W, C] of at least that "
                 f"side, got {x.shape}"
             )
-        at = judge(f, label, loss, "untargeted")
+        at = judge(at_random(f, key), label, loss, "untargeted")
 
         def place(i: Array, best: Judged) -> Judged:
             own = jax.random.fold_in(key, i)
