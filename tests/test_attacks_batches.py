@@ -157,6 +157,43 @@ def test_steps_may_be_traced(name):
     assert shared._cache_size() == 1
 
 
+QUERIES = 65  # what a whole number of rounds costs, of each of these
+FEW = {"samples": 4, "tries": 5}
+ASKING = {
+    "square": (attacks.square, Linf(0.02), {}, 1),
+    "spsa": (attacks.spsa, Linf(0.02), {"samples": 4}, 9),
+    "nes": (attacks.nes, L2(0.05), {"samples": 4}, 9),
+    "hopskipjump": (attacks.hopskipjump, L2(1.0), FEW, 5 + 2 * 10),
+    "boundary": (attacks.boundary, L2(1.0), {"tries": 5}, 5),
+}
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+@pytest.mark.parametrize("name", ASKING)
+def test_no_more_queries_than_allowed_and_few_left(name, stubborn):
+    """Counted by the network; a stubborn one never answers wrongly."""
+    make, threat, numbers, slack = ASKING[name]
+    f, xs, labels = examples()
+    asked = []
+
+    def put(value):
+        asked.append(value)
+        return np.float32(0)
+
+    def told(x):
+        logits = jnp.eye(CLASSES)[labels[0]] if stubborn else f(x)
+        like = jax.ShapeDtypeStruct((), jnp.float32)
+        return logits + jax.pure_callback(put, like, jnp.sum(x))
+
+    attack = make(threat, queries=QUERIES, **numbers)
+    z = jax.jit(lambda x: attack(jax.random.key(0), told, x, labels[0]))(xs[0])
+    z.block_until_ready()
+    known = name == "square"  # the verdict on x itself is free there
+    assert len(asked) <= QUERIES + known
+    if stubborn or name in ("hopskipjump", "boundary"):
+        assert len(asked) >= QUERIES - slack
+
+
 @pytest.mark.parametrize(
     "attack",
     [

@@ -32,6 +32,7 @@ from certjax.types import Array, Attack, Classifier, Key, Scalar
 Draw = Callable[[Key, tuple], Array]
 BISECTIONS = 10
 HALVINGS = 10
+VERDICTS = 2  # queries of a label-only attack: of the example and of its result
 
 
 def spsa(
@@ -124,7 +125,8 @@ def _estimated(plan: _Estimate, loss: Loss, goal: Goal) -> Attack:
             def slope(key: Key) -> Array:
                 v = plan.draw(key, x.shape)
                 ahead, behind = at(z + plan.spread * v), at(z - plan.spread * v)
-                return jnp.nan_to_num(ahead.loss - behind.loss) * v
+                gap = ahead.loss - behind.loss
+                return jnp.where(jnp.isfinite(gap), gap, 0.0) * v
 
             g = jnp.sum(jax.lax.map(slope, keys), axis=0)
             z = threat.project(x, z + length * threat.ascend(unit(g)))
@@ -216,7 +218,7 @@ def hopskipjump(
     Source: Chen et al. 2020, arXiv:1904.02144, algorithm 2.
     """
     _decision_norm(threat, "hopskipjump")
-    rounds = _rounds(queries - tries - BISECTIONS - 1, samples + HALVINGS + BISECTIONS)
+    rounds = _rounds(queries, tries, samples + HALVINGS + BISECTIONS)
 
     def attack(key: Key, f: Classifier, x: Array, label: Array) -> Array:
         decision = _deciding(threat, f, key, label, goal)
@@ -240,7 +242,9 @@ def hopskipjump(
     return guarded(attack)
 
 
-def _rounds(left: int, cost: int) -> int:
+def _rounds(queries: int, tries: int, cost: int) -> int:
+    """How many rounds the queries pay for, the start on the boundary taken off."""
+    left = queries - tries - BISECTIONS - VERDICTS
     if left < cost:
         raise ValueError(
             f"queries must cover one round, {cost}; {left} are left for it"
@@ -299,7 +303,7 @@ def boundary(
     """
     if type(threat) is not L2:
         raise TypeError(f"boundary minimises l2, got {threat}")
-    steps = _rounds(queries - tries - BISECTIONS - 1, 2) // 2
+    steps = _rounds(queries, tries, cost=2)
 
     def attack(key: Key, f: Classifier, x: Array, label: Array) -> Array:
         decision = _deciding(threat, f, key, label, goal)
