@@ -118,6 +118,14 @@ def test_upper_bound_mirrors_the_lower_one(alpha):
         np.testing.assert_allclose(upper, mirrored, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("alpha", [1e-9, 1e-30])
+def test_bounds_at_alphas_that_few_ask_for(alpha):
+    for trials in (10, 100):
+        for k in {1, 2, trials // 2, trials - 1, trials}:
+            p = proportion_lower(k, trials, alpha)
+            assert p == 0 or exact_tail(k, trials, p) <= Fraction(alpha)
+
+
 def test_all_votes_have_the_closed_form():
     """N successes of N: alpha^(1/N); the largest radius of the published logs."""
     for trials in (10, 10**5, 10**6, 2**30):
@@ -233,6 +241,7 @@ BAD = {
         lambda: proportion_lower(1, 10, 1.0),
         lambda: proportion_upper(1, 10, math.nan),
         lambda: split_alpha(-0.1, 2),
+        lambda: proportion_lower(90, 100, 1e-300),  # scipy's quantile is too large
     ],
     "trials": [
         lambda: proportion_lower(1, 0, 0.01),

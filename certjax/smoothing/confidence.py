@@ -18,6 +18,7 @@ from scipy import special, stats
 SLACK = 4e-12  # relative; scipy's inverse beta is within 1.2e-12 of the exact value
 TINY = 2.0**-52
 ROUNDING = 1e-9  # relative; more than the error of scipy's binomial tails
+LEAST_ALPHA = 1e-30  # below it scipy's quantiles are less exact than SLACK
 MOST_TRIALS = 2**30  # sample numbers are int32 on the device, with room for padding
 
 
@@ -27,6 +28,11 @@ def check_alpha(alpha: float) -> None:
         raise ValueError(
             f"alpha must lie in (0, 1), got {alpha}; it is the probability of a wrong "
             "certificate, e.g. 0.001"
+        )
+    if alpha < LEAST_ALPHA:
+        raise ValueError(
+            f"alpha must be at least {LEAST_ALPHA:g}, got {alpha}; below it the "
+            "float64 quantiles are not exact enough"
         )
 
 

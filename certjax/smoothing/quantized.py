@@ -53,9 +53,10 @@ class QuantizedGaussian:
     """Gaussian noise, rounded to pixel values, against l2.
 
     The probabilities of the table are float64: the law that is sampled differs from
-    the exact one by at most `distance(size)` in total variation, which is subtracted
-    from p_lower. What remains assumed: threefry's words are independent and uniform,
-    and the forward pass gives equal logits for equal inputs.
+    the exact one by at most `distance(size)` in total variation. The radius pays for it
+    twice, at x and at every z: the class keeps its majority under the sampled law. What
+    remains assumed: threefry's words are independent and uniform, and the forward pass
+    gives equal logits for equal inputs.
 
     Args:
       sigma: standard deviation, in [0, 1] pixels.
@@ -103,8 +104,11 @@ class QuantizedGaussian:
             raise ValueError(
                 f"the distance to the exact law needs size=x.size, got {size}"
             )
-        p = p_lower - self.distance(size)
-        return cut(self.sigma * special.ndtri(p)) if more_than_half(p) else 0.0
+        distance = self.distance(size)
+        if not more_than_half(p_lower - 2.0 * distance):
+            return 0.0
+        gain = special.ndtri(p_lower - distance) - special.ndtri(0.5 + distance)
+        return cut(self.sigma * gain)
 
 
 def _count_at_most(table: np.ndarray, high: Array, low: Array) -> Array:
