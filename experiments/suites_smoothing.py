@@ -17,15 +17,22 @@ from experiments.suites import Case, CIFAR, Group, MNIST, Network, network
 SIGMA = 0.25
 THROUGHPUT = 0.85  # of the forward pass, that the votes must reach
 BLOCKS = 8  # forward passes of one measurement
+IMAGENET = (224, 224, 3)
 
 
 def smoothing_suite() -> list[Group]:
-    """LeNet and ResNet-20; torch's loop too where torch can be imported."""
-    return [
+    """LeNet and ResNet-20; on other devices than a CPU, ResNet-50 as well.
+
+    torch's loop too where torch can be imported.
+    """
+    groups = [
         votes_group("lenet", 64, MNIST),
         votes_group("lenet", 1000, MNIST, peers=True),
         votes_group("resnet20", 64, CIFAR),
     ]
+    if jax.default_backend() != "cpu":
+        groups.append(votes_group("resnet50", 256, IMAGENET))
+    return groups
 
 
 def jax_normal(key: Key, x: Array) -> Array:

@@ -32,6 +32,9 @@ PARAMETERS = {  # name: (input, parameters as in the papers' code)
     "ablated_cnn": ((28, 28, 1), 3_320_922),
     "resnet20": ((32, 32, 3), 272_474),
     "resnet110": ((32, 32, 3), 1_730_714),
+    "resnet50": ((224, 224, 3), 25_557_032),
+    "wide_resnet": ((32, 32, 3), 2_243_546),
+    "densenet40": ((32, 32, 3), 1_019_722),
 }
 
 
@@ -92,6 +95,8 @@ def test_default_initialisation_is_uniform_within_fan_in(params):
 def test_depth_of_a_residual_network():
     with pytest.raises(ValueError, match="6 n"):
         models.resnet(depth=21)
+    with pytest.raises(ValueError, match=r"6 n \+ 4 .*got 41 and 2"):
+        models.wide_resnet(depth=41)
 
 
 # ------------------------------------------------------------------ initialisation

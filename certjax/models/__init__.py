@@ -8,6 +8,14 @@ from certjax.models.batchnorm import (
     population_statistics as population_statistics,
     running_average as running_average,
 )
+from certjax.models.deep import (
+    BottleneckResNet as BottleneckResNet,
+    DenseNet as DenseNet,
+    densenet40 as densenet40,
+    resnet50 as resnet50,
+    wide_resnet as wide_resnet,
+    WideResNet as WideResNet,
+)
 from certjax.models.foreign import from_nnx as from_nnx
 from certjax.models.initialization import ibp_initialize as ibp_initialize
 from certjax.models.layers import Normalize as Normalize
