@@ -51,7 +51,7 @@ from experiments.evaluation import as_input, Examples, select
 from experiments.judging import RECORDS, Trained
 from experiments.runs import Run, RunError, Stopped
 from experiments.settings import check_shown, name_of, Node, Selection
-from experiments.smoothing_scales import grid_of, NUMBERS, scale_of
+from experiments.smoothing_scales import as_given, grid_of, kind_of, NUMBERS, scale_of
 from experiments.tracking import Tracker, Tracking, tracking
 
 
@@ -61,7 +61,7 @@ STREAM = zlib.crc32(b"smoothing")
 SHARED = ("certifier", "noise", "sigma", "train_sigma", "n0", "n", "alpha", "levels")
 SHARED += ("width", "keep", "pixels", "norm", "guarantee", "split", "seed", "dtype")
 SHARED += ("block", "generator", "weights", "train_noise", "rounds", "give_up")
-SHARED += ("fixed_radius", "threshold")
+SHARED += ("fixed_radius", "threshold", "budget")
 EXAMPLES = {
     "sigma": "sigma=0.25 (a standard deviation in input units)",
     "keep": "certifier.noise.keep=45",
@@ -238,7 +238,9 @@ def task_of(settings: SmoothingSettings, trained: Trained) -> Task:
         with build.blamed("certifier"):
             return certifier(f, x=x, batch=settings.batch, **keys(index), **how)
 
-    return Task(certify, examples, _about(settings, trained))
+    norm = getattr(certifier.keywords.get("noise"), "norm", None)
+    about = _about(settings, trained) | ({"norm": norm} if norm else {})
+    return Task(certify, examples, about)
 
 
 def _shown(certifier: str, numbers: dict[str, Any]) -> Callable[..., jax.Array]:
@@ -307,6 +309,7 @@ def _about(settings: SmoothingSettings, trained: Trained) -> Record:
         "train_sigma": train_sigma(trained),
         **({} if "sigma" in noise else {"train_noise": _words(known)}),
         "split": settings.split,
+        "data": judging.dataset_of(trained.settings.data).sha256[:12],
         "seed": settings.seed,
         "dtype": settings.dtype,
         "block": settings.block,
@@ -463,6 +466,7 @@ def summary(rows: list[Record]) -> dict[str, Any]:
         **made,
         **({"samples": sum(row["n"] for row in rows)} if drawn else {}),
         "examples": len(rows),
+        "indices": cohen_logs.span([row["index"] for row in rows]),
         "correct": float(np.mean(correct)),
         "acr": average_certified_radius(radius, correct),
         "radii": grid.tolist(),
@@ -482,7 +486,7 @@ def show(result: dict[str, Any]) -> None:
     """Print the table of a result; the ACR rounded down."""
     names = ("radii", "certified_at", "intervals")
     rows = [
-        [f"{radius:g}", f"{100 * share:.2f}", f"{100 * low:.1f} to {100 * high:.1f}"]
+        [as_given(radius), f"{100 * share:.2f}", f"{100 * low:.1f} to {100 * high:.1f}"]
         for radius, share, (low, high) in zip(*map(result.get, names), strict=True)
     ]
     columns = [f"{result['norm']} radius", "certified %", "95 % interval"]
@@ -501,13 +505,15 @@ def _below(result: dict[str, Any]) -> str:
         mean = f"{result['samples'] / result['examples']:,.0f} samples an example"
     shares = {"correct": result.get("correct"), "abstained": result["abstained"]}
     words = [f"{k} {100 * v:.2f} %" for k, v in shares.items() if v is not None]
+    if split := result.get("budget"):
+        words.append(f"alpha {Budget(split['alpha'], split['parts']).describe()}")
     return ", ".join([mean, *words, result["guarantee"]])
 
 
 def title_of(result: dict[str, Any]) -> str:
     """The network and the certifier in one or two lines."""
     numbers = [
-        f"{name} {result[name]:g}"
+        f"{name} {as_given(result[name])}"
         for name in ("sigma", "n0", "n", "alpha", *NUMBERS)
         if result.get(name) is not None
     ]
@@ -515,7 +521,7 @@ def title_of(result: dict[str, Any]) -> str:
     noise = result.get("train_noise") or "no noise"
     noise = noise if trained is None else f"sigma {trained:g}"
     network = f"{result['dataset']} · {result['model']} · {result['objective']}"
-    how = f"{result.get('noise') or result['certifier']} · {', '.join(numbers)}"
+    how = f"{kind_of(result)} · {', '.join(numbers)}"
     count = f"{result['examples']} {result.get('split', 'test')} examples"
     return f"{network} (trained with {noise})\n{how} · {count}"
 

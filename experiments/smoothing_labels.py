@@ -56,6 +56,8 @@ def _shares(folder: Path, labels: np.ndarray) -> np.ndarray:
             f"{folder} holds the votes of {len(found)} of {len(labels)} training "
             f"examples, or those of other data; make (or finish) them with `{HOW}`"
         )
+    if any(row.get("certifier") == "certify_soft" for row in found.values()):
+        raise RunError(f"{folder} holds no votes for classes; make them with `{HOW}`")
     counts = np.asarray([found[i]["counts"] for i in range(len(labels))], np.float32)
     lost = np.asarray([found[i].get("invalid", 0) for i in range(len(labels))])
     return counts / (counts.sum(axis=1) + lost.astype(np.float32))[:, None]

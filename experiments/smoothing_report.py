@@ -4,8 +4,8 @@ Lengths, numbers of values (l0), sides of patches and given radii have a table e
 
 Rows are finished certifications and logs in the format of Cohen et al.; those that
 differ in the seed of the training alone become one, mean and standard deviation. The
-best entry of a column, among rows of the same data, noise level, n, alpha and number of
-examples, is bold.
+best entry of a column, among rows of the same examples, noise level, n and alpha, is
+bold.
 """
 
 import statistics
@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 from certjax.smoothing.confidence import round_down
 from experiments import cohen_logs, console, runs
 from experiments.runs import RunError
-from experiments.smoothing_scales import NUMBERS, numbers_of, Scale, scale_of
+from experiments.smoothing_scales import kind_of, NUMBERS, numbers_of, Scale, scale_of
 
 
 SETTING = ("dataset", "norm", "noise", "sigma", "n", "alpha", "examples", "certifier")
-SETTING += ("split", *NUMBERS)
+SETTING += ("split", "indices", *NUMBERS)
 TRAINED = ("name", "model", "objective", "train_sigma", "recipe")
 HEADER = ("data", "noise", "sigma", "n", "alpha", "examples x seeds", "run", "training")
 
@@ -113,13 +113,14 @@ def _log_row(file: Path, sigma: float | None) -> Row:
     if log.torn:
         console.warn(f"{file}: {log.torn} torn lines left out")
     found = cohen_logs.summary(log.rows)
-    best = None if sigma is None else cohen_logs.identify(log.rows, sigma)[0]
-    known = best is not None and best.attained >= 1.0
+    told = [] if sigma is None else cohen_logs.consistent(log.rows, sigma)
+    only = told[0] if len(told) == 1 else None  # else the radii do not tell
     about = dict.fromkeys(SETTING + TRAINED) | {
         "sigma": sigma,
-        "n": best.n if known else None,
-        "alpha": best.alpha if known else None,
+        "n": only and only.n,
+        "alpha": only and only.alpha,
         "examples": found["examples"],
+        "indices": cohen_logs.span([row.index for row in log.rows]),
         "name": file.name,
         "objective": "(a log)",
     }
@@ -174,7 +175,7 @@ def _named(row: Row) -> list[str]:
     trials = "" if about["n"] is None else f"{about['n']:,}"
     return [
         (about["dataset"] or "") + (" train" if about["split"] == "train" else ""),
-        (about["noise"] or about["certifier"] or "") + numbers_of(about),
+        kind_of(about) + numbers_of(about),
         number("sigma"),
         trials,
         number("alpha"),

@@ -45,11 +45,22 @@ def scale_of(result: dict[str, Any]) -> Scale:
     return Scale("length", axis, "ACR", RADII)
 
 
+def kind_of(result: dict[str, Any]) -> str:
+    """The noise, or the certifier that has none."""
+    soft = ", soft votes" if result.get("certifier") == "certify_soft" else ""
+    return (result.get("noise") or result.get("certifier") or "") + soft
+
+
+def as_given(value: float) -> str:
+    """A number that was asked for, in all its digits: not rounded, hence not up."""
+    return repr(float(value)).removesuffix(".0")
+
+
 def numbers_of(result: dict[str, Any]) -> str:
     """The numbers of a noise but sigma, e.g. ", keep 45", and the radius asked for."""
     found = {name.removeprefix("fixed_"): result.get(name) for name in NUMBERS}
     return "".join(
-        f", {k} {value:g}" for k, value in found.items() if value is not None
+        f", {k} {as_given(value)}" for k, value in found.items() if value is not None
     )
 
 

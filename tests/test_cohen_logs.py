@@ -97,6 +97,25 @@ def test_log_tells_its_own_alpha_and_n(tmp_path, sigma, alpha):
     assert second.attained < 1.0
 
 
+def test_the_examples_of_a_log_in_a_word():
+    assert cohen_logs.span(range(0, 9981, 20)) == "0:9981:20"
+    assert cohen_logs.span([40, 0, 20]) == "0:41:20"
+    assert cohen_logs.span([7]) == "7:8:1"
+    few, others = cohen_logs.span([0, 1, 3]), cohen_logs.span([0, 2, 3])
+    assert few.startswith("crc ")
+    assert few != others
+
+
+def test_a_log_of_few_small_radii_tells_several(tmp_path, capsys):
+    """With n = 100,000 every small radius of three digits is attained at any alpha."""
+    lines = (f"{i}\t3\t3\t0.{i}5\t1\t0:00:01.0\n" for i in range(1, 9))
+    path = log_of(tmp_path, HEAD + "".join(lines))
+    found = {match.alpha for match in cohen_logs.consistent(read(path).rows, 0.5)}
+    assert {0.05, 0.01, 0.001} <= found
+    cohen_logs.main([str(path), "--sigma", "0.5"])
+    assert "0.01, 100000 or" in " ".join(capsys.readouterr().out.split())
+
+
 def test_our_own_log_tells_it_as_well(tmp_path):
     """Full precision, each radius 1e-9 below the exact one."""
     from certjax.smoothing import Gaussian

@@ -169,6 +169,15 @@ def test_a_given_radius_is_reached_at_the_share_of_alpha_of_its_round(made):
     assert result["certified_at"] == [share]
 
 
+def test_the_split_of_alpha_is_printed_and_the_radius_in_all_its_digits(made, capsys):
+    result = numbers(made["radius"]) | {"radii": [0.29999999]}
+    smoothing.show(result)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "alpha 0.001 = 0.0005 + 0.0005" in shown
+    assert "0.29999999" in shown
+    assert "fixed_radius 0.3" in shown
+
+
 def test_the_numbers_of_the_training_are_taken_where_none_are_given(made, ablated):
     row = rows_of(made["l0"])[0]
     assert (row["keep"], row["pixels"]) == (24, 64)

@@ -173,6 +173,7 @@ def test_another_noise_level_is_warned_of_and_recorded(trained, capsys):
         (("certifier=smoothing_laplace",), "l1"),
         (("certifier=smoothing_uniform",), "l1"),
         (("certifier=smoothing_quantized",), "l2"),
+        (("certifier=smoothing_soft",), "l2"),
         (("certifier=smoothing", "+certifier.noise.norm=linf"), "linf"),
         (("certifier=smoothing", "dtype=bfloat16"), "l2"),
         (("certifier=split", "certifier.levels=40"), "l1"),
@@ -272,6 +273,17 @@ def test_records_of_other_data_do_not_mix(trained, first, tmp_path):
     with pytest.raises(RunError, match=r"written with label = .*must not mix"):
         smoothing.take_over(task_of(trained), [str(tmp_path)], others)
     assert not others.exists()
+
+
+@pytest.mark.parametrize(("name", "other"), [("norm", "linf"), ("data", "0" * 12)])
+def test_a_part_in_another_norm_or_of_other_images_is_refused(
+    trained, first, tmp_path, name, other
+):
+    """Else its rows would pass for l2 radii, or theirs for those of these images."""
+    rows = [row | {name: other} for row in rows_of(first)]
+    runs.append_lines(tmp_path / "certificates.jsonl", rows)
+    with pytest.raises(RunError, match=rf"written with {name} = {other}, now it is"):
+        smoothing.take_over(task_of(trained), [str(tmp_path)], tmp_path / "ours.jsonl")
 
 
 def test_nan_logits_certify_nothing_and_are_reported(trained, tmp_path, capsys):
@@ -375,6 +387,17 @@ def test_only_seeds_of_the_training_make_one_row(first):
     assert sorted(len(row.means) for row in rows) == [1, 1, 2]
     table = smoothing_report.cells(rows, str, "±")
     assert sorted(line[0] for line in table) == ["digits", "digits", "digits train"]
+
+
+def test_numbers_of_other_examples_neither_merge_nor_compete(first):
+    """As many examples, but not the same: one row each, and the best of each bold."""
+    result = numbers(first)
+    assert result["indices"] == "0:12:1"
+    other = result | {"weights": "another", "indices": "0:24:2", "acr": 1e-3}
+    rows = smoothing_report.rows_of([result, other])
+    assert [len(row.means) for row in rows] == [1, 1]
+    table = smoothing_report.cells(rows, lambda text: f"*{text}*", "±")
+    assert all(line[8].startswith("*") for line in table)
 
 
 def test_every_printed_radius_is_at_most_the_stored_one(first):

@@ -19,6 +19,7 @@ from certjax.smoothing import (
     certify_band,
     certify_block,
     certify_radius,
+    certify_soft,
     certify_split,
     denoised,
     Gaussian,
@@ -31,6 +32,7 @@ from certjax.smoothing import (
     visible,
     votes,
 )
+from certjax.smoothing.confidence import bernstein_lower
 from certjax.training import denoising, natural
 
 
@@ -476,6 +478,9 @@ def test_radius_pays_for_the_distance_to_the_exact_law():
     for p in (0.4, 0.5, 0.6, 0.999, 0.99993):
         exact = Gaussian(0.25).radius(p)
         assert noise.radius(p, size) <= exact
+        if radius := noise.radius(p, size):  # the sampled law at the farthest z
+            far = special.ndtri(p - noise.distance(size)) - radius / 0.25
+            assert special.ndtr(far) - noise.distance(size) > 0.5
         assert noise.radius(p, size) >= exact - 3e-3 * (p > 0.5)
     with pytest.raises(ValueError, match=r"size=x.size, got None"):
         noise.radius(0.9)
@@ -502,3 +507,40 @@ def test_8_bit_certificate_says_what_it_guarantees():
     assert result.guarantee.startswith("floating point")
     with pytest.raises(ValueError, match=r"multiples of 1/255 .*got 0.5"):
         certify(halfplane, noise, KEY, jnp.asarray([0.5, 0.0]), n=500)
+
+
+# ---- soft votes
+
+
+def test_soft_votes_of_a_constant_output_are_the_bound_by_hand():
+    """Outputs (0.9, 0.1): 230 / 256 after rounding, without variance."""
+    constant = lambda x: jnp.log(jnp.asarray([0.9, 0.1])) + 0.0 * x[0]
+    found = certify_soft(constant, NOISE, KEY, jnp.zeros(2), n=1000, alpha=0.01)
+    assert (found.prediction, found.counts[230], found.invalid) == (0, 1000, 0)
+    assert found.p_lower == bernstein_lower(
+        1000 * 230 / 256, 1000 * (230 / 256) ** 2, 1000, 0.01
+    )
+    assert found.radius == NOISE.radius(found.p_lower)
+    flat = lambda x: jnp.zeros(2) + 0.0 * x[0]
+    assert certify_soft(flat, NOISE, KEY, jnp.zeros(2), n=1000)[:2] == (ABSTAIN, 0.0)
+
+
+def test_soft_radius_is_at_most_where_the_mean_output_falls_to_a_half():
+    """The outputs are Phi of x[0]: so is their mean, which is 1/2 where x[0] = 0."""
+    soft = lambda x: jnp.log(jax.scipy.stats.norm.cdf(jnp.stack([-x[0], x[0]])))
+    for distance in (0.2, 0.5, 1.5):
+        x = jnp.asarray([distance, 0.0])
+        found = certify_soft(soft, NOISE, KEY, x, n0=1000, n=20_000)
+        mean = special.ndtr(distance / math.sqrt(1.25))
+        assert mean - 0.03 < found.p_lower <= mean
+        assert found.radius <= distance
+    again = certify_soft(soft, NOISE, KEY, x, n0=1000, n=20_000, batch=64)
+    np.testing.assert_array_equal(again.counts, found.counts)
+
+
+def test_soft_votes_with_a_nan_are_outputs_of_zero():
+    broken = lambda x: jnp.where(x[1] > 0.0, jnp.nan, jnp.asarray([0.0, 20.0]))
+    found = certify_soft(broken, NOISE, KEY, jnp.zeros(2), n=2000)
+    assert abs(found.invalid - 1000) < 150
+    assert found.p_lower < (2000 - found.invalid) / 2000
+    assert (found.prediction, found.radius) == (ABSTAIN, 0.0)

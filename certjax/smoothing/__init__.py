@@ -42,6 +42,10 @@ from certjax.smoothing.percentile import (
     PercentileBounds as PercentileBounds,
 )
 from certjax.smoothing.quantized import QuantizedGaussian as QuantizedGaussian
+from certjax.smoothing.soft import (
+    certify_soft as certify_soft,
+    SoftCertificate as SoftCertificate,
+)
 from certjax.smoothing.splitting import (
     certify_split as certify_split,
     ExactCertificate as ExactCertificate,

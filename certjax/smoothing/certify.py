@@ -121,12 +121,10 @@ def judge(
     """
     guess = int(np.argmax(counts0))
     p_lower = proportion_lower(int(counts[guess]), n, alpha)
-    radius = noise.radius(p_lower, size)
-    counted = noise.norm == "l0" and more_than_half(p_lower)  # pixels, perhaps 0
-    proved = (counted or radius > 0) and radius < np.inf
+    radius = proved_radius(noise, p_lower, size)
     return SmoothedCertificate(
-        prediction=guess if proved else ABSTAIN,
-        radius=radius if proved else 0.0,
+        prediction=ABSTAIN if radius is None else guess,
+        radius=radius or 0.0,
         p_lower=p_lower,
         counts=counts,
         counts0=counts0,
@@ -140,6 +138,13 @@ def judge(
         guarantee=noise.guarantee,
         dtype=jnp.dtype(how.get("dtype", jnp.float32)).name,
     )
+
+
+def proved_radius(noise: Any, p_lower: float, size: int) -> float | None:
+    """The finite radius that a majority buys; None where none is proved."""
+    radius = noise.radius(p_lower, size)
+    counted = noise.norm == "l0" and more_than_half(p_lower)  # pixels, perhaps 0
+    return radius if (counted or radius > 0) and radius < np.inf else None
 
 
 def predict(
