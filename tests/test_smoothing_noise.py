@@ -170,8 +170,11 @@ def test_linf_radius_needs_the_dimension(noise):
         noise.radius(0.9)
 
 
-def test_table_is_the_step_function_below():
-    table = Table(lambda _, x: x, (0.6, 0.8, 0.99), (0.1, 0.3, 0.9), "l1")
+@pytest.mark.parametrize("kind", [tuple, list, np.asarray])
+def test_table_is_the_step_function_below(kind):
+    same = lambda _, x: x
+    table = Table(same, kind((0.6, 0.8, 0.99)), kind((0.1, 0.3, 0.9)), "l1")
+    assert hash(table) == hash(Table(same, (0.6, 0.8, 0.99), (0.1, 0.3, 0.9), "l1"))
     steps = {0.59: 0.0, 0.6: 0.1, 0.79: 0.1, 0.8: 0.3, 0.98: 0.3, 0.99: 0.9, 1.0: 0.9}
     for p, radius in steps.items():
         assert table.radius(p) == radius

@@ -420,6 +420,9 @@ def test_ablation_radius_is_the_theorem(keep, pixels):
         ]
         exact = [r for r, h in enumerate(hidden) if p - (1 - h) > 0.5]
         assert noise.radius(p) == max(exact, default=0)
+        edge = 1.5 - hidden[1] + noise.ties  # of the certificate of one pixel
+        if keep < pixels and p == 0.5:
+            assert noise.radius(edge - 1e-9) == 0 < noise.radius(edge + 1e-8)
 
 
 def test_visible_tells_black_from_hidden():

@@ -20,7 +20,9 @@ class Ablation:
     """Keep `keep` of the H W pixels, chosen uniformly; f sees `visible` [H, W, 2 C].
 
     r changed pixels are seen with probability 1 - C(d - r, k) / C(d, k) of d = H W,
-    k = keep; the top class survives while its probability exceeds 1/2 by more.
+    k = keep; the top class survives while its probability exceeds 1/2 by more. The
+    pixels are those with the smallest of 32-bit words; `ties` bounds how far the law is
+    from uniform because words may be equal, and is added to what is seen.
 
     Args:
       keep: number of pixels that f sees.
@@ -44,6 +46,11 @@ class Ablation:
                 "paper keeps 45 of the 784 pixels of MNIST"
             )
 
+    @property
+    def ties(self) -> float:
+        """Probability that a pixel kept and one hidden draw equal words, at most."""
+        return self.keep * (self.pixels - self.keep) * 2.0**-32
+
     def check(self, x: Array) -> None:
         """Refuse an x of another shape."""
         shape = np.shape(x)
@@ -66,7 +73,7 @@ class Ablation:
         radius, hidden = 0, 1.0  # probability that f sees none of the changed pixels
         while radius < self.pixels:
             hidden *= (self.pixels - self.keep - radius) / (self.pixels - radius)
-            if not p_lower - 1.0 + hidden * (1.0 - ROUNDING) > 0.5:
+            if not p_lower - self.ties - 1.0 + hidden * (1.0 - ROUNDING) > 0.5:
                 break
             radius += 1
         return float(radius)

@@ -199,7 +199,7 @@ class Table:
 
     Args:
       sampler: `sampler(key, x) -> z`.
-      probabilities: [T] ascending, above 1/2.
+      probabilities: [T] ascending, above 1/2; any sequence.
       radii: [T] ascending; radii[i] is certified whenever p >= probabilities[i].
       norm: of the radii.
 
@@ -217,6 +217,8 @@ class Table:
         """Refuse a table that is not a monotone map from (1/2, 1] to radii."""
         _check_norm(self, self.norm, ("l0", "l1", "l2", "linf"))
         p, r = np.asarray(self.probabilities), np.asarray(self.radii)
+        for name, column in (("probabilities", p), ("radii", r)):  # a hashable copy
+            object.__setattr__(self, name, tuple(column.ravel().tolist()))
         alike = p.shape == r.shape and p.ndim == 1 and p.size > 0
         rising = alike and np.all(np.diff(p) > 0) and np.all(np.diff(r) >= 0)
         if not (rising and p[0] > 0.5 and p[-1] <= 1 and r[0] >= 0 and r[-1] < np.inf):
