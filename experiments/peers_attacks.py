@@ -1,8 +1,10 @@
 """Speed and strength beside other libraries, on one network and the same images.
 
     python -m experiments.benchmark suite=attack_peers rounds=3 peers.only=pgd
+    python -m experiments.benchmark suite=attack_peers "peers.only='ddn,fmn'" ..
     python -m experiments.benchmark suite=attack_peers peers.weights=weights.npz ..
 
+`peers_contests` holds the comparisons: attack, budget, opponents.
 All entrants of an attack run in this process, in turns, with as many threads; whatever
 they return is judged here by one and the same function. Our compilation is timed
 apart. Libraries that cannot be imported are left out with a word.
@@ -23,10 +25,9 @@ import optax
 from jax.tree_util import Partial
 
 from certjax import attacks
-from certjax.attacks import cascade, Stage
-from certjax.threat import L2, Linf, Threat
-from certjax.types import Array, Attack, PyTree
+from certjax.types import Array, PyTree
 from experiments import console, data
+from experiments.peers_contests import Contest, contests, Field, Images
 from experiments.runs import RunError
 
 
@@ -37,38 +38,6 @@ SHAPES = {
     "fc2_w": (100, 10),
 }
 OUTSIDE = 1e-4  # relative; a point further out than this is not counted as broken
-LANES = 128
-
-
-class Images(NamedTuple):
-    """xs: [N, 28, 28, 1] float32 in [0, 1].  labels: [N] int32."""
-
-    xs: np.ndarray
-    labels: np.ndarray
-
-
-class Entrant(NamedTuple):
-    """prepare(field) -> run() -> the attacked images."""
-
-    name: str
-    prepare: Callable[["Field"], Callable[[], Any]]
-
-
-class Contest(NamedTuple):
-    """One attack; `eps` None: of minimum norm, where the median distance counts."""
-
-    name: str
-    norm: type
-    eps: float | None
-    entrants: tuple[Entrant, ...]
-
-
-class Field(NamedTuple):
-    """What the entrants attack; arena: the same for torch, None without torch."""
-
-    f: Partial
-    images: Images
-    arena: Any
 
 
 class Row(NamedTuple):
@@ -139,243 +108,6 @@ def pictures(xs: np.ndarray, labels: np.ndarray) -> Images:
     sides = (room // 2, room - room // 2)
     xs = np.pad(xs, ((0, 0), sides, sides, (0, 0)))
     return Images(xs.astype(np.float32) / np.float32(255), labels.astype(np.int32))
-
-
-def whole(attack: Attack) -> Callable[[Field], Callable[[], Any]]:
-    """Ours, all images in one compiled call."""
-
-    @jax.jit
-    def batch(f: Partial, keys: Array, xs: Array, labels: Array) -> Array:
-        return jax.vmap(lambda k, x, y: attack(k, f, x, y))(keys, xs, labels)
-
-    def prepare(field: Field) -> Callable[[], Any]:
-        keys = jax.random.split(jax.random.key(0), len(field.images.labels))
-        return lambda: jax.block_until_ready(batch(field.f, keys, *field.images))
-
-    return prepare
-
-
-def compacted(
-    stages: tuple[Stage, ...], threat: Threat
-) -> Callable[[Field], Callable[[], Any]]:
-    """Ours, broken images leaving the batch between rounds."""
-    run = cascade(stages, threat, lanes=LANES)
-    return lambda field: lambda: run(jax.random.key(0), field.f, *field.images).z
-
-
-def contest(
-    name: str, norm: type, eps: float | None, ours: dict, rivals: dict
-) -> Contest:
-    """Ours take the field, rivals its torch side."""
-    on_torch = lambda prepare: lambda field: prepare(field.arena)
-    entrants = ours | {k: on_torch(prepare) for k, prepare in rivals.items()}
-    return Contest(name, norm, eps, tuple(Entrant(*pair) for pair in entrants.items()))
-
-
-def gradient_contests(eps: float, radius: float) -> list[Contest]:
-    """PGD and APGD."""
-    from experiments import peers_torch as peers
-
-    ball, disk, step = Linf(eps), L2(radius), eps / 30
-    hundred = lambda set_, _: attacks.pgd(set_, steps=100, step_size=step)
-    madry = {"eps": eps, "eps_step": step}
-    return [
-        contest(
-            "pgd, 40 steps",
-            Linf,
-            eps,
-            {"certjax": whole(attacks.pgd(ball, steps=40, step_size=step))},
-            {
-                "foolbox": peers.foolbox("LinfPGD", eps, steps=40, abs_stepsize=step),
-                "torchattacks": peers.torchattacks(
-                    "PGD", eps=eps, alpha=step, steps=40
-                ),
-                "art": peers.art(
-                    "ProjectedGradientDescent", **madry, max_iter=40, num_random_init=1
-                ),
-                "adv-lib": peers.adv_lib(
-                    "pgd_linf", ε=eps, steps=40, absolute_step_size=step
-                ),
-            },
-        ),
-        contest(
-            "pgd, 5 x 100 steps",
-            Linf,
-            eps,
-            {"certjax": compacted((Stage("pgd", hundred, 5),), ball)},
-            {
-                "art": peers.art(
-                    "ProjectedGradientDescent", **madry, max_iter=100, num_random_init=5
-                ),
-                "adv-lib": peers.adv_lib(
-                    "pgd_linf", ε=eps, steps=100, restarts=5, absolute_step_size=step
-                ),
-            },
-        ),
-        contest(
-            "pgd l2, 50 steps",
-            L2,
-            radius,
-            {"certjax": whole(attacks.pgd(disk, steps=50, step_size=radius / 20))},
-            {
-                "foolbox": peers.foolbox(
-                    "L2PGD", radius, steps=50, abs_stepsize=radius / 20
-                ),
-                "torchattacks": peers.torchattacks(
-                    "PGDL2", eps=radius, alpha=radius / 20, steps=50
-                ),
-            },
-        ),
-        contest(
-            "apgd-ce, 100 steps",
-            Linf,
-            eps,
-            {"certjax": whole(attacks.apgd(ball))},
-            {
-                "torchattacks": peers.torchattacks("APGD", eps=eps, steps=100),
-                "autoattack": peers.autoattack("apgd-ce", norm="Linf", eps=eps),
-                "art": peers.art(
-                    "AutoProjectedGradientDescent",
-                    eps=eps,
-                    eps_step=2 * eps,
-                    nb_random_init=1,
-                    loss_type="cross_entropy",
-                ),
-                "adv-lib": peers.adv_lib(
-                    "apgd", eps=eps, norm=float("inf"), loss_function="ce"
-                ),
-            },
-        ),
-    ]
-
-
-def nearest_contests() -> list[Contest]:
-    """Attacks of minimum norm; tighter budgets than the defaults, the same for all."""
-    from experiments import peers_torch as peers
-
-    anywhere = L2(1.0)
-    cw = {"searches": 9, "steps": 100, "learning_rate": 0.05, "constant": 1.0}
-    return [
-        contest(
-            "c&w l2, 9 x 100 steps",
-            L2,
-            None,
-            {"certjax": whole(attacks.carlini_wagner(anywhere, **cw))},
-            {
-                "foolbox": peers.foolbox(
-                    "L2CarliniWagnerAttack",
-                    None,
-                    binary_search_steps=9,
-                    steps=100,
-                    stepsize=0.05,
-                    initial_const=1.0,
-                ),
-                "adv-lib": peers.adv_lib(
-                    "carlini_wagner_l2",
-                    binary_search_steps=9,
-                    max_iterations=100,
-                    learning_rate=0.05,
-                    initial_const=1.0,
-                ),
-                "torchattacks, one constant": peers.torchattacks(
-                    "CW", c=1.0, steps=900, lr=0.05
-                ),
-            },
-        ),
-        contest(
-            "ddn, 100 steps",
-            L2,
-            None,
-            {"certjax": whole(attacks.ddn(anywhere, steps=100))},
-            {
-                "foolbox": peers.foolbox("DDNAttack", None, steps=100),
-                "adv-lib": peers.adv_lib("ddn", steps=100, levels=None),
-            },
-        ),
-        contest(
-            "fmn l2, 100 steps",
-            L2,
-            None,
-            {"certjax": whole(attacks.fmn(anywhere, steps=100))},
-            {
-                "foolbox": peers.foolbox("L2FMNAttack", None, steps=100),
-                "adv-lib": peers.adv_lib("fmn", norm=2, steps=100),
-            },
-        ),
-        contest(
-            "deepfool l2, 50 steps",
-            L2,
-            None,
-            {"certjax": whole(attacks.deepfool(anywhere, steps=50))},
-            {
-                "foolbox": peers.foolbox("L2DeepFoolAttack", None, steps=50),
-                "adv-lib": peers.adv_lib("df", norm=2, steps=50),
-            },
-        ),
-    ]
-
-
-def ensemble_contests(eps: float, queries: int) -> list[Contest]:
-    """Square, and AutoAttack with full and with torchattacks' budgets."""
-    from experiments import peers_torch as peers
-
-    ball, full = Linf(eps), attacks.autoattack_stages(Linf(eps))
-    search = Stage(
-        "square", lambda set_, _: attacks.square(set_, queries=queries, horizon=queries)
-    )
-    rival = {"norm": "Linf", "eps": eps}
-    return [
-        contest(
-            f"square, {queries} queries",
-            Linf,
-            eps,
-            {"certjax": compacted((search,), ball)},
-            {
-                "torchattacks": peers.torchattacks(
-                    "Square", eps=eps, n_queries=queries
-                ),
-                "autoattack": peers.autoattack("square", **rival, queries=queries),
-                "art": peers.art("SquareAttack", eps=eps, max_iter=queries),
-            },
-        ),
-        contest(
-            "autoattack",
-            Linf,
-            eps,
-            {"certjax": compacted(full, ball)},
-            {"autoattack": peers.autoattack(**rival)},
-        ),
-        # torchattacks takes 10 steps in APGD and FAB, where the reference takes 100
-        contest(
-            "brief autoattack, 10 steps",
-            Linf,
-            eps,
-            {"certjax": compacted(short_stages(), ball)},
-            {"torchattacks": peers.torchattacks("AutoAttack", eps=eps)},
-        ),
-    ]
-
-
-def short_stages(steps: int = 10) -> tuple[Stage, ...]:
-    """AutoAttack with other numbers of steps, Square as it is."""
-    brief = {"steps": steps, "early_exit": True}
-    towards = lambda set_, i: attacks.apgd_towards(set_, i, **brief)
-    nearest = lambda set_, i: attacks.fab(set_, rank=i, **brief)
-    return (
-        Stage("apgd-ce", lambda set_, _: attacks.apgd(set_, **brief)),
-        Stage("apgd-t", towards, 9, ranks=True),
-        Stage("fab-t", nearest, 9, ranks=True),
-        Stage("square", lambda set_, _: attacks.square(set_)),
-    )
-
-
-def contests(eps: float, radius: float, queries: int) -> list[Contest]:
-    """All comparisons."""
-    return [
-        *gradient_contests(eps, radius),
-        *nearest_contests(),
-        *ensemble_contests(eps, queries),
-    ]
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,10 @@ def autoattack(
 
         version = {"version": "custom", "attacks": list(attacks)} if attacks else {}
         run = library.AutoAttack(on.net, norm=norm, eps=eps, seed=0, **version)
-        run.apgd.n_restarts = 1
+        if attacks:  # chosen one by one they are given other restarts
+            run.apgd.n_restarts = 1
+            run.apgd.use_largereps = norm == "L1"
+            run.fab.n_restarts = 1
         run.square.n_queries = queries
         size = {"batch_size": len(on.x)}
         return lambda: run.run_standard_evaluation(on.x, on.y, **size)[0]
