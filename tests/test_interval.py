@@ -420,6 +420,27 @@ def test_parameters_may_be_the_perturbed_input():
     assert (outs <= upper[None] + ULPS).all()
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_centre_and_radius_are_exact_halves(dtype):
+    """The divisor that the compiler cannot see changes no bit, nor of a gradient."""
+
+    def plain(lower, upper, w):
+        middle, spread = (lower + upper) * 0.5 @ w, (upper - lower) * 0.5 @ jnp.abs(w)
+        return middle - spread, middle + spread
+
+    def bound(lower, upper, w):
+        return tuple(ibp(lambda z: z @ w)(Box(lower, upper), lower))
+
+    ends = [v.astype(dtype) for v in (X, X + 0.3, W)]
+    outcomes = []
+    for f in (bound, plain):
+        values, pull = jax.vjp(f, *ends)
+        outcomes.append([*values, *pull(values)])
+    for got, expected in zip(*outcomes, strict=True):
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got, expected)
+
+
 def test_layers_are_the_pre_activation_intervals():
     output, layers = ibp_with_layers(network)(Linf(0.1), X)
     assert [layer.lower.shape for layer in layers] == [(6,), (6,)]
