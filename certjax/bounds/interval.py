@@ -704,3 +704,30 @@ def _logsumexp_of_others(x: Array, axis: int) -> Array:
     size = x.shape[-1]
     apart = jnp.where(jnp.eye(size, dtype=bool), -jnp.inf, x[..., None, :])
     return jnp.moveaxis(jax.nn.logsumexp(apart, axis=-1), -1, axis)
+
+
+# ------------------------------------------------------------------------- NaN is kept
+
+
+def _keeping_nan(rule: Callable) -> Callable:
+    """The rule, NaN wherever an end of its operand is.
+
+    XLA:CPU takes a NaN that it sees at compile time for any value inside an exponential
+    (exp(where(c, nan, v)) becomes exp(v)): what is unknown would seem to be known.
+    """
+
+    def kept(equation: Equation, x: Interval, *others: Any) -> Interval:
+        out = rule(equation, x, *others)
+        unknown = jnp.isnan(x.lower) | jnp.isnan(x.upper)
+        if (axis := equation.params.get("axis")) is not None:
+            same_rank = out.lower.ndim == x.lower.ndim
+            unknown = jnp.any(unknown, axis, keepdims=same_rank)
+        return Interval(*(jnp.where(unknown, jnp.nan, end) for end in out))
+
+    return kept
+
+
+EXPONENTIALS = (p.exp_p, p.exp2_p, p.expm1_p, p.cosh_p, p.sinh_p, p.logistic_p)
+EXPONENTIALS += (composite.softmax, composite.log_softmax, composite.logsumexp)
+EXPONENTIALS += (composite.softplus, composite.silu, composite.elu)
+rules.update({each: _keeping_nan(rules[each]) for each in EXPONENTIALS})
