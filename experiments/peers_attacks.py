@@ -1,6 +1,6 @@
 """Speed and strength beside other libraries, on one network and the same images.
 
-    python -m experiments.benchmark suite=attack_peers rounds=3 peers.only=pgd
+    python -m experiments.benchmark suite=attack_peers rounds=5 peers.only=pgd
     python -m experiments.benchmark suite=attack_peers "peers.only='ddn,fmn'" ..
     python -m experiments.benchmark suite=attack_peers peers.weights=weights.npz ..
 
@@ -14,9 +14,9 @@ import importlib.util
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from jax.tree_util import Partial
 from certjax import attacks
 from certjax.types import Array, PyTree
 from experiments import console, data
-from experiments.peers_contests import Contest, contests, Field, Images
+from experiments.peers_contests import Contest, contests, Field, Images, Run
 from experiments.runs import RunError
 
 
@@ -46,6 +46,7 @@ class Row(NamedTuple):
     seconds: median of the turns.  compile_s: what the first call took longer, ours.
     robust: share of images still classified correctly, or moved out of the set.
     median: distance, 0 where misclassified at once, inf where not broken.
+    Each turn has its own seed; robust and median are means over the turns.
     """
 
     contest: str
@@ -164,30 +165,31 @@ def prepared(plan: Plan) -> Field:
 
 
 def held(each: Contest, field: Field, rounds: int) -> Iterator[Row]:
-    """One contest: everybody once to warm up, then `rounds` turns."""
+    """One contest: ours once to compile, then `rounds` turns of all."""
     runs, colds = {}, {}
     for entrant in each.entrants:
         try:
             run = entrant.prepare(field)
             if entrant.name == "certjax":
-                colds[entrant.name] = timed(run)[0]
+                colds[entrant.name] = timed(run, 0)[0]
         except ImportError as error:
             console.warn(f"{each.name}: {entrant.name} is left out, {error}")
         else:
             runs[entrant.name] = run
-    turns = [{name: timed(run) for name, run in runs.items()} for _ in range(rounds)]
+    turns = [{name: timed(run, i) for name, run in runs.items()} for i in range(rounds)]
     for name in runs:
         seconds = statistics.median(turn[name][0] for turn in turns)
         cold = colds.get(name)
         compile_s = None if cold is None else max(cold - seconds, 0.0)
-        verdict = judged(each, field, turns[-1][name][1])
-        yield Row(each.name, name, seconds, compile_s, *verdict)
+        verdicts = [judged(each, field, turn[name][1]) for turn in turns]
+        means = map(statistics.mean, zip(*verdicts, strict=True))
+        yield Row(each.name, name, seconds, compile_s, *means)
 
 
-def timed(run: Callable[[], Any]) -> tuple[float, np.ndarray]:
+def timed(run: Run, seed: int) -> tuple[float, np.ndarray]:
     """Seconds of one run, and what it returned."""
     start = time.perf_counter()
-    result = run()
+    result = run(seed)
     seconds = time.perf_counter() - start
     return seconds, np.asarray(getattr(result, "detach", lambda: result)())
 

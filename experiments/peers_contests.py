@@ -1,7 +1,7 @@
 """Which attacks are compared with those of other libraries, and with what budgets."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -24,11 +24,15 @@ class Images(NamedTuple):
     labels: np.ndarray
 
 
+Run: TypeAlias = Callable[[int], Any]
+"""`run(seed) -> the attacked images`; the seed is the number of the turn."""
+
+
 class Entrant(NamedTuple):
-    """prepare(field) -> run() -> the attacked images."""
+    """An attack of one library: `prepare(field) -> run`."""
 
     name: str
-    prepare: Callable[["Field"], Callable[[], Any]]
+    prepare: Callable[["Field"], Run]
 
 
 class Contest(NamedTuple):
@@ -51,33 +55,38 @@ class Field(NamedTuple):
     arena: Any
 
 
-def whole(attack: Attack) -> Callable[[Field], Callable[[], Any]]:
+def whole(attack: Attack) -> Callable[[Field], Run]:
     """Ours, all images in one compiled call."""
 
     @jax.jit
     def batch(f: Partial, keys: Array, xs: Array, labels: Array) -> Array:
         return jax.vmap(lambda k, x, y: attack(k, f, x, y))(keys, xs, labels)
 
-    def prepare(field: Field) -> Callable[[], Any]:
-        keys = jax.random.split(jax.random.key(0), len(field.images.labels))
-        return lambda: jax.block_until_ready(batch(field.f, keys, *field.images))
+    def prepare(field: Field) -> Run:
+        def run(seed: int) -> Array:
+            keys = jax.random.split(jax.random.key(seed), len(field.images.labels))
+            return jax.block_until_ready(batch(field.f, keys, *field.images))
+
+        return run
 
     return prepare
 
 
-def compacted(
-    stages: tuple[Stage, ...], threat: Threat
-) -> Callable[[Field], Callable[[], Any]]:
+def compacted(stages: tuple[Stage, ...], threat: Threat) -> Callable[[Field], Run]:
     """Ours, broken images leaving the batch between rounds."""
     run = cascade(stages, threat, lanes=LANES)
-    return lambda field: lambda: run(jax.random.key(0), field.f, *field.images).z
+    return lambda field: (
+        lambda seed: run(jax.random.key(seed), field.f, *field.images).z
+    )
 
 
 def contest(
     name: str, norm: type | int, eps: float | None, ours: dict, rivals: dict
 ) -> Contest:
     """Ours take the field, rivals its torch side."""
-    on_torch = lambda prepare: lambda field: prepare(field.arena)
+    from experiments.peers_torch import seeded
+
+    on_torch = lambda prepare: lambda field: seeded(prepare(field.arena))
     entrants = ours | {k: on_torch(prepare) for k, prepare in rivals.items()}
     return Contest(name, norm, eps, tuple(Entrant(*pair) for pair in entrants.items()))
 

@@ -35,6 +35,17 @@ class Arena(NamedTuple):
 Run = Callable[[], torch.Tensor]
 
 
+def seeded(run: Run) -> Callable[[int], torch.Tensor]:
+    """A run that draws by the given seed; AutoAttack's code keeps one of its own."""
+
+    def start(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - what these libraries draw from
+        return run()
+
+    return start
+
+
 def arena(weights: Weights, xs: np.ndarray, labels: np.ndarray, threads: int) -> Arena:
     """The network of `peers_attacks.classify` as a torch module, and its images."""
     torch.set_num_threads(threads)
