@@ -296,7 +296,11 @@ def _sparse_contests() -> list[Contest]:
             "l1: pgd, 50 steps",
             L1,
             L1_RADIUS,
-            {"certjax": whole(attacks.pgd(ball, steps=50, step_size=step))},
+            {
+                "certjax": whole(
+                    attacks.pgd(ball, steps=50, step_size=step, random_start=False)
+                )
+            },
             {
                 "foolbox": peers.foolbox(
                     "SparseL1DescentAttack", L1_RADIUS, steps=50, abs_stepsize=step

@@ -27,7 +27,7 @@ from certjax.threat import L1, L2, Threat
 from certjax.types import Array, Attack, Classifier, Key, Scalar
 
 
-L1_SHARE = 0.05  # of the coordinates that one sparse l1 step moves
+L1_SHARE = 0.01  # of the coordinates that one sparse l1 step moves
 
 
 def fgsm(threat: Threat, *, loss: Loss = log_odds, goal: Goal = "untargeted") -> Attack:
@@ -63,7 +63,7 @@ def pgd(  # noqa: PLR0913
 
     The attack returns the point of highest loss among those that reach the goal, else
     the point of highest loss; more restarts never make it weaker. In l1 a step moves
-    the steepest 5 % of the coordinates that can still move (Tramer & Boneh 2019).
+    the steepest 1 % of the coordinates that can still move (Tramer & Boneh 2019).
 
     Args:
       threat: the perturbation set; Linf, L2, L1 or Box.
