@@ -5,20 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from certjax.models.batchnorm import BatchNorm
-from certjax.models.layers import conv, dense, Normalize, per_channel, PerChannel
+from certjax.models.layers import dense, Normalize, per_channel, PerChannel, same_conv
 from certjax.types import Array
-
-
-def _conv(x: Array, features: int, kernel: int, name: str, stride: int = 1) -> Array:
-    return conv(
-        x,
-        features,
-        kernel=kernel,
-        stride=stride,
-        padding=kernel // 2,
-        use_bias=False,
-        name=name,
-    )
 
 
 class Bottleneck(nn.Module):
@@ -30,14 +18,14 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         """[H, W, C] -> [H / stride, W / stride, 4 features]."""
-        y = _conv(x, self.features, 1, "conv_0")
+        y = same_conv(x, self.features, 1, "conv_0")
         y = jax.nn.relu(BatchNorm(name="norm_0")(y, train))
-        y = _conv(y, self.features, 3, "conv_1", self.stride)
+        y = same_conv(y, self.features, 3, "conv_1", self.stride)
         y = jax.nn.relu(BatchNorm(name="norm_1")(y, train))
-        y = _conv(y, 4 * self.features, 1, "joined_conv")
+        y = same_conv(y, 4 * self.features, 1, "joined_conv")
         y = BatchNorm(name="norm_2")(y, train)
         if x.shape != y.shape:
-            x = _conv(x, 4 * self.features, 1, "joined_shortcut", self.stride)
+            x = same_conv(x, 4 * self.features, 1, "joined_shortcut", self.stride)
             x = BatchNorm(name="norm_shortcut")(x, train)
         return jax.nn.relu(x + y)
 
@@ -53,7 +41,7 @@ class BottleneckResNet(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         """Logits [K] of one example [H, W, C]."""
-        x = _conv(Normalize(self.mean, self.std)(x), 64, 7, "conv_0", 2)
+        x = same_conv(Normalize(self.mean, self.std)(x), 64, 7, "conv_0", 2)
         x = jax.nn.relu(BatchNorm(name="norm_0")(x, train))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for stage, blocks in enumerate(self.blocks):
@@ -75,10 +63,10 @@ class WideBlock(nn.Module):
         """[H, W, C] -> [H / stride, W / stride, features]."""
         y = jax.nn.relu(BatchNorm(name="norm_0")(x, train))
         if x.shape[-1] != self.features:
-            x = _conv(y, self.features, 1, "joined_shortcut", self.stride)
-        y = _conv(y, self.features, 3, "conv_0", self.stride)
+            x = same_conv(y, self.features, 1, "joined_shortcut", self.stride)
+        y = same_conv(y, self.features, 3, "conv_0", self.stride)
         y = jax.nn.relu(BatchNorm(name="norm_1")(y, train))
-        return x + _conv(y, self.features, 3, "joined_conv")
+        return x + same_conv(y, self.features, 3, "joined_conv")
 
 
 class WideResNet(nn.Module):
@@ -93,7 +81,7 @@ class WideResNet(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         """Logits [K] of one example [H, W, C]."""
-        x = _conv(Normalize(self.mean, self.std)(x), 16, 3, "conv_0")
+        x = same_conv(Normalize(self.mean, self.std)(x), 16, 3, "conv_0")
         for stage, features in enumerate((16, 32, 64)):
             for i in range(self.blocks):
                 stride = 2 if stage > 0 and i == 0 else 1
@@ -117,15 +105,15 @@ class DenseNet(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         """Logits [K] of one example [H, W, C]."""
-        x = _conv(Normalize(self.mean, self.std)(x), 16, 3, "conv_0")
+        x = same_conv(Normalize(self.mean, self.std)(x), 16, 3, "conv_0")
         for block in range(3):
             if block > 0:
                 y = jax.nn.relu(BatchNorm(name=f"norm_{block}")(x, train))
-                y = _conv(y, x.shape[-1], 1, f"conv_{block}")
+                y = same_conv(y, x.shape[-1], 1, f"conv_{block}")
                 x = _halved(y)
             for i in range(self.layers):
                 y = jax.nn.relu(BatchNorm(name=f"norm_{block}_{i}")(x, train))
-                y = _conv(y, self.growth, 3, f"conv_{block}_{i}")
+                y = same_conv(y, self.growth, 3, f"conv_{block}_{i}")
                 x = jnp.concatenate([x, y], axis=-1)
         x = jax.nn.relu(BatchNorm(name="norm")(x, train))
         return dense(jnp.mean(x, (0, 1)), self.classes, "logits")

@@ -96,6 +96,21 @@ def conv(
     )(x)
 
 
+def same_conv(
+    x: Array, features: int, kernel: int, name: str, stride: int = 1
+) -> Array:
+    """Without bias and padded by half an odd kernel: [H / stride, W / stride, C]."""
+    return conv(
+        x,
+        features,
+        kernel=kernel,
+        stride=stride,
+        padding=kernel // 2,
+        use_bias=False,
+        name=name,
+    )
+
+
 def max_pool(x: Array, size: int) -> Array:
     """The maximum of each size x size square, [H, W, C] -> [H / size, W / size, C].
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from certjax.models.batchnorm import BatchNorm
-from certjax.models.layers import conv, dense, Normalize, per_channel, PerChannel
+from certjax.models.layers import dense, Normalize, per_channel, PerChannel, same_conv
 from certjax.types import Array
 
 
@@ -18,26 +18,14 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         """[H, W, C] -> [H / stride, W / stride, features]."""
-        y = _conv(x, self.features, 3, self.stride, "conv_0")
+        y = same_conv(x, self.features, 3, "conv_0", self.stride)
         y = jax.nn.relu(BatchNorm(name="norm_0")(y, train))
-        y = _conv(y, self.features, 3, 1, "joined_conv")
+        y = same_conv(y, self.features, 3, "joined_conv")
         y = BatchNorm(name="norm_1")(y, train)
         if x.shape != y.shape:
-            x = _conv(x, self.features, 1, self.stride, "joined_shortcut")
+            x = same_conv(x, self.features, 1, "joined_shortcut", self.stride)
             x = BatchNorm(name="norm_shortcut")(x, train)
         return jax.nn.relu(x + y)
-
-
-def _conv(x: Array, features: int, kernel: int, stride: int, name: str) -> Array:
-    return conv(
-        x,
-        features,
-        kernel=kernel,
-        stride=stride,
-        padding=kernel // 2,
-        use_bias=False,
-        name=name,
-    )
 
 
 class ResNet(nn.Module):
@@ -52,7 +40,7 @@ class ResNet(nn.Module):
     def __call__(self, x: Array, train: bool = False) -> Array:
         """Logits [K] of one example [H, W, C]."""
         x = Normalize(self.mean, self.std)(x)
-        x = _conv(x, 16, 3, 1, "conv_0")
+        x = same_conv(x, 16, 3, "conv_0")
         x = jax.nn.relu(BatchNorm(name="norm_0")(x, train))
         for stage, features in enumerate((16, 32, 64)):
             for i in range(self.blocks):
