@@ -58,7 +58,6 @@ class Schedule:
     """Times of a training run, in epochs, and its batch size.
 
     average: epoch from which the weights of every `average_every`-th step are averaged.
-    freeze: epoch from which batch normalisation keeps the running averages it has then.
     """
 
     epochs: float
@@ -71,7 +70,6 @@ class Schedule:
     drop: float = 0.2
     average: float | None = None
     average_every: int = 10
-    freeze: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse times that cannot be."""
@@ -279,11 +277,6 @@ class Clock:
     def total(self) -> int:
         """Steps of the whole training."""
         return max(1, self.steps(self.schedule.epochs))
-
-    def frozen(self, step: int) -> bool:
-        """Does batch normalisation keep its statistics at this step?"""
-        freeze = self.schedule.freeze
-        return freeze is not None and step >= self.steps(freeze)
 
     def eps(self, final: float) -> training.Schedule:
         """The radius at each step."""

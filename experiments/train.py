@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,6 @@ import optax
 
 from certjax import training
 from certjax.models import population_statistics
-from certjax.training.step import Step
 from certjax.training.streams import stream
 from certjax.types import Array, Key
 from experiments import build, checkpoint, console, data, devices, runs, selection
@@ -70,7 +68,7 @@ class Job(NamedTuple):
     clock: Clock
     optimizer: optax.GradientTransformation
     initialize: Callable[[Key, Array], dict]
-    step_at: Callable[[int], Step]  # of the number of steps done
+    step: Callable
     choose: selection.Chooser | None
 
 
@@ -113,11 +111,11 @@ def prepared(settings: TrainSettings) -> Job:
     _check_noise(settings, model, train.images[0])
     clock = Clock.of(settings.schedule, train.labels)
     optimizer = optimizer_of(settings.optimizer, clock)
-    steps = steps_of(settings, model, optimizer, clock, train.images[0])
+    step = step_of(settings, model, optimizer, clock, train.images[0])
     evaluation = evaluation_of(plan_of(settings), model)
     initialize = initializer_of(settings.objective, model)
     choose = selection.chooser(settings, model, held, clock)
-    return Job(settings, train, evaluation, clock, optimizer, initialize, steps, choose)
+    return Job(settings, train, evaluation, clock, optimizer, initialize, step, choose)
 
 
 def _check_noise(settings: TrainSettings, model: nn.Module, image: np.ndarray) -> None:
@@ -133,9 +131,7 @@ def step_of(
     optimizer: optax.GradientTransformation,
     clock: Clock,
     image: np.ndarray,
-    *,
-    frozen: bool = False,
-) -> Step:
+) -> training.step.Step:
     """The training step of a config, for images like the given one."""
     recipe = recipe_of(settings, clock)
     with build.blamed("objective.loss"):
@@ -148,22 +144,8 @@ def step_of(
         regularizer=regularizer_of(settings, clock),
         l1=settings.objective.l1,
         clean=needs_clean_batch(settings, model, image),
-        frozen=frozen,
         **options(settings),
     )
-
-
-def steps_of(
-    settings: TrainSettings,
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    clock: Clock,
-    image: np.ndarray,
-) -> Callable[[int], Step]:
-    """The step to take after so many: another one once batch norm is frozen."""
-    step = partial(step_of, settings, model, optimizer, clock, image)
-    phases = {frozen: step(frozen=frozen) for frozen in (False, True)}
-    return lambda done: phases[clock.frozen(done)]
 
 
 def options(settings: TrainSettings) -> dict[str, Any]:
@@ -253,7 +235,7 @@ def loop(
     every = max(1, total // LOGGED)
     with console.progress("train", total=total, done=start) as advance:
         for step in range(start + 1, total + 1):
-            state, metrics = job.step_at(step - 1)(state, *batch(step - 1))
+            state, metrics = job.step(state, *batch(step - 1))
             if step % every == 0 or step == total:
                 check(job, place, Progress(step, state, metrics, spent()))
                 advance(every, _log(job, place, step, state, metrics))
@@ -372,11 +354,11 @@ def final_weights(job: Job, state: training.TrainState) -> Weights:
     """What is evaluated: the averaged weights where the config averages them.
 
     Batch-norm statistics are those of all training examples, under the noise of the
-    objective if it has one; those that the training kept where it froze them.
+    objective if it has one.
     """
     params = training.averaged_params(state.opt_state, state.params)
-    if not state.statistics or job.clock.frozen(int(state.step) - 1):
-        return Weights(params, state.statistics)
+    if not state.statistics:
+        return Weights(params, {})
     images, batch = job.train.images, job.settings.schedule.batch
     starts = range(0, len(images) - batch + 1, batch)
     seen = _noisy(job.settings)

@@ -144,34 +144,6 @@ def test_batch_statistics_may_be_those_of_adversarial_points():
     close(other[1].statistics, expected)
 
 
-# ---------------------------------------------------------------- frozen statistics
-
-
-def test_frozen_statistics_are_constants_of_a_step_that_keeps_them():
-    """Loss and gradient are those of the network at its running averages."""
-    (_, state), _ = stepped(SGD())  # running averages that are not the initial ones
-    step = training.train_step(NET, IBP, SGD(), frozen=True)
-    after, metrics = step(state, XS, LABELS)
-    objective = IBP(0)
-
-    def loss(params):
-        f = models.classifier(NET, params, state.statistics)
-        one = lambda x, y: objective(KEY, f, x, y)
-        return jnp.mean(jax.vmap(one)(XS, LABELS))
-
-    value, gradient = jax.value_and_grad(loss)(state.params)
-    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
-    close(after.params, jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradient))
-    jax.tree.map(np.testing.assert_array_equal, after.statistics, state.statistics)
-
-
-def test_frozen_statistics_leave_the_policy_without_effect():
-    attack = lambda key, f, x, y: None
-    (_, plain), _ = stepped(SGD(), frozen=True)
-    (_, other), _ = stepped(SGD(), frozen=True, statistics_at=attack)
-    jax.tree.map(np.testing.assert_array_equal, plain, other)
-
-
 # ------------------------------------------------------------------------ diagnostics
 
 

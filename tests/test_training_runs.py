@@ -2,13 +2,10 @@
 
 import math
 
-import jax
-import numpy as np
 import pytest
 from runners import numbers, only, run, SMALL
 
-from certjax import training
-from experiments import checkpoint, judging, runs, settings, train
+from experiments import checkpoint, runs, train
 from experiments.runs import RunError
 
 
@@ -83,19 +80,3 @@ def test_averaged_weights_are_evaluated(tmp_path):
     run(train.work, *SMALL, *words, f"paths.runs={tmp_path}")
     path = only(tmp_path)
     assert numbers(path)["selection"] == {"on": "last", "step": 66}
-
-
-def test_frozen_batch_norm_is_evaluated_as_it_was_trained(tmp_path):
-    """From the epoch `freeze` on the statistics are kept, to the evaluated weights."""
-    words = ("+model.batch_norm=true", "+schedule.freeze=2", "checkpoint_seconds=1e9")
-    run(train.work, *SMALL, *words, f"paths.runs={tmp_path}")
-    path = only(tmp_path)
-    job = train.prepared(settings.read(settings.TrainSettings, runs.saved_config(path)))
-    x = np.float32(job.train.images[0]) / 255
-    state = training.initial_state(job.initialize(jax.random.key(0), x), job.optimizer)
-    last = checkpoint.restore(path / "checkpoint", state).tree
-    weights = judging.restored_weights(path, job.evaluation.model, job.train.images[0])
-    assert not job.clock.frozen(job.clock.steps(2) - 1)
-    assert job.clock.frozen(job.clock.steps(2))
-    same = np.testing.assert_array_equal
-    jax.tree.map(same, weights.tree.statistics, last.statistics)

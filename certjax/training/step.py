@@ -64,7 +64,6 @@ def train_step(  # noqa: PLR0913 - keyword-only options
     clean: bool = True,
     statistics_at: Attack | None = None,
     perturb: Callable[[Key, PyTree], PyTree] | None = None,
-    frozen: bool = False,
 ) -> Step:
     """Build the jitted step.
 
@@ -88,9 +87,6 @@ def train_step(  # noqa: PLR0913 - keyword-only options
         batch (the policy of some papers; CTBench's and ours is the clean batch).
       perturb: `perturb(key, params) -> params`; the loss and its gradient are those of
         the perturbed weights, e.g. `gaussian_weights`. Of the stream "weights".
-      frozen: batch normalisation keeps the state's running averages, constants of the
-        differentiation, whatever the batch. For the last epochs: bounds amplify the
-        noise in the statistics of a batch, and a network trained under it stays wary.
 
     Returns:
       `step(state, xs, labels) -> (state, metrics)`, xs [N, ...] uint8 (or float in
@@ -105,9 +101,9 @@ def train_step(  # noqa: PLR0913 - keyword-only options
         if perturb is not None:
             params = perturb(_key(seed, "weights", step), params)
         keys = _keys(seed, "attack", step, len(xs))
-        logits, statistics = _clean_pass(model, clean, frozen, params, state, xs)
+        logits, statistics = clean_forward(model, params, xs) if clean else (None, {})
         known = logits
-        if statistics_at is not None and not frozen:
+        if statistics_at is not None:
             running = classifier(model, params, state.statistics)
             zs = _attacked(statistics_at, keys, running, xs, labels)
             statistics, known = clean_forward(model, params, zs)[1], None
@@ -129,8 +125,6 @@ def train_step(  # noqa: PLR0913 - keyword-only options
         again = lambda params: slope(params, state, xs, labels)[1]
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
-        if not frozen:
-            statistics = running_average(state.statistics, statistics)
         moved = _update(optimizer, state, gradient, statistics, again)
         # inside the fused update: costs no pass over memory, unlike a cond
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
@@ -138,21 +132,6 @@ def train_step(  # noqa: PLR0913 - keyword-only options
         return state, metrics | more
 
     return step
-
-
-def _clean_pass(
-    model: nn.Module,
-    clean: bool,
-    frozen: bool,
-    params: PyTree,
-    state: TrainState,
-    xs: Array,
-) -> tuple[Array | None, PyTree]:
-    """Logits [N, K] where they are wanted, and the statistics of the step."""
-    if frozen:
-        f = classifier(model, params, state.statistics)
-        return (jax.vmap(f)(xs) if clean else None), state.statistics
-    return clean_forward(model, params, xs) if clean else (None, {})
 
 
 def _augmented(augment: Augment | None, seed: int, step: Array, xs: Array) -> Array:
@@ -245,7 +224,7 @@ def _update(
     )
     return TrainState(
         optax.apply_updates(state.params, updates),
-        statistics,
+        running_average(state.statistics, statistics),
         opt_state,
         state.step + 1,
     )
