@@ -87,7 +87,8 @@ def plan_of(settings: AttackSettings, trained: Trained) -> Plan:
     """What is measured; checked against the certificates of the same classifier."""
     usual = trained.settings.attack_eps
     same = settings.threat is None and settings.sigma == 0
-    records = Path(settings.run) / judging.RECORDS
+    rows = runs.read_lines(Path(settings.run) / judging.RECORDS) if same else []
+    proved = ({k: v for k, v in row.items() if k != "robust"} for row in rows)
     unit = settings.eval_batch
     if unit is None and name_of(settings.attack).endswith("_stages"):
         unit = UNIT
@@ -101,7 +102,7 @@ def plan_of(settings: AttackSettings, trained: Trained) -> Plan:
         seed=settings.seed,
         curve_points=0,
         pictures=settings.pictures,
-        known=tuple(runs.read_lines(records)) if same else (),
+        known=tuple(proved),
         about=plan.about | ({"sigma": settings.sigma} if settings.sigma else {}),
     )
 

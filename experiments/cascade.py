@@ -99,10 +99,11 @@ def cascade_method(
     """The stages of a config as one method.
 
     The fields of a record:
-      certified: proved by some stage.  robust: no stage broke it.  nan, outside: of any
-        stage. A NaN under an attack breaks the example; one in a bound proves nothing,
-        and a later bound without one may certify it.
-      zero_gradient: of a stage that attacks; absent without one.
+      certified: proved by some stage.  nan: of any stage. A NaN under an attack breaks
+        the example; one in a bound proves nothing, and a later bound without one may
+        certify it.
+      robust: no stage broke it.  outside, zero_gradient: of a stage that attacks. All
+        three are absent where none does.
       margin: the best lower bound of the margin; NaN where an attack answered first.
       stage: the stage that answered, "clean" for a misclassified example, or
         "undecided".
@@ -130,10 +131,9 @@ def cascade_method(
             board.ask(stage, run, examples)
         return board.fields
 
-    failed: Record = {"certified": False, "robust": False, "outside": False}
-    failed |= {"margin": math.nan, "stage": CLEAN}
+    failed: Record = {"certified": False, "margin": math.nan, "stage": CLEAN}
     if any(stage.attacks for stage in stages):
-        failed["zero_gradient"] = False
+        failed |= {"robust": False, "outside": False, "zero_gradient": False}
     failed |= {f"seconds_{stage.name}": 0.0 for stage in stages}
     return Method(judge, threat.eps, failed, own_batches=True)
 
@@ -186,12 +186,12 @@ class _Board:
     def of(cls, count: int, stages: list[Stage]) -> "_Board":
         """Nothing is known yet."""
         no, zero = np.zeros(count, bool), np.zeros(count)
-        fields = {"certified": no.copy(), "robust": ~no, "outside": no.copy()}
-        fields |= {"nan": no.copy(), "margin": np.full(count, np.nan)}
+        fields = {"certified": no.copy(), "nan": no.copy()}
+        fields |= {"margin": np.full(count, np.nan)}
         fields |= {"stage": np.full(count, UNDECIDED, object)}
         fields |= {f"seconds_{stage.name}": zero.copy() for stage in stages}
         if any(stage.attacks for stage in stages):
-            fields["zero_gradient"] = no.copy()
+            fields |= {"robust": ~no, "outside": no.copy(), "zero_gradient": no.copy()}
         return cls(fields)
 
     def ask(

@@ -100,9 +100,10 @@ class Ours(NamedTuple):
     def cells(self) -> list[str]:
         """Network, run, clean, certified, verifier and counts."""
         one = self.results[0]
+        selected = one.get("selection", {}).get("on") == "test"
         return [
             one["model"],
-            one["name"],
+            f"{one['name']}{' (selected on test)' * selected}",
             _spread([r["clean"] for r in self.results]),
             _spread([r["certified"] for r in self.results]),
             one["certifier"],
@@ -155,28 +156,27 @@ def _grouped(folders: Iterable[Path]) -> dict[tuple[str, str], list[Ours]]:
 
 
 def _place(folder: Path) -> tuple | None:
-    """Where a result belongs: setting, method, recipe, verifier, examples."""
+    """Where a result belongs: setting, method, verifier, examples, recipe."""
     if not runs.finished(folder):
         return None
     result = runs.read_json(folder / "result.json")
-    radius = result.get("test_eps")
-    setting = next(
-        (
-            text
-            for (data, eps), text in SETTINGS.items()
-            if data == result.get("dataset") and radius and abs(eps - radius) < 1e-9
-        ),
-        None,
-    )
-    if setting is None or "certified" not in result:
-        return None
     trained = folder if "objective" in runs.saved_config(folder) else folder.parents[1]
     config = runs.saved_config(trained)
-    method = method_of(config)
-    if method not in METHODS or config["data"].get("validation") is not None:
+    setting, method = _setting(result, config), method_of(config)
+    if setting is None or method not in METHODS or "certified" not in result:
         return None
-    recipe = runs.config_hash(config | {"seed": None})
-    return setting, method, recipe, result["certifier"], result["examples"]
+    verifier = result["certifier"], result["examples"]
+    return setting, method, *verifier, runs.recipe(folder)
+
+
+def _setting(result: dict[str, Any], config: dict[str, Any]) -> str | None:
+    """The published setting that a result belongs to; None: to none of them."""
+    norm = str(config["threat"]["_target_"]).rpartition(".")[2]
+    if norm != "Linf" or config["data"].get("validation") is not None:
+        return None
+    data, radius = result.get("dataset"), result.get("test_eps") or 0.0
+    near = lambda name, eps: name == data and abs(eps - radius) < 1e-9
+    return next((text for key, text in SETTINGS.items() if near(*key)), None)
 
 
 def method_of(config: dict[str, Any]) -> str:
@@ -192,12 +192,13 @@ def method_of(config: dict[str, Any]) -> str:
 
 
 class Point(NamedTuple):
-    """One trained network: what it was asked to trade, and what it got."""
+    """One trained network: what it was asked to trade, and what it got of how many."""
 
     method: str
     weight: float
     clean: float
     certified: float
+    examples: int
 
 
 WEIGHTS = {
@@ -215,33 +216,52 @@ WEIGHTS = {
 def points(folders: Iterable[Path]) -> list[Point]:
     """Clean and certified accuracy of the training runs below the folders.
 
-    A run that was certified again counts with the most that was proved of it.
+    Of several evaluations of a network on as many examples, the one that proved the
+    most counts. Runs that were tested on held-out training examples are left out.
 
     Raises:
-      RunError: no training run with a trade-off weight is there.
+      RunError: no training run with a trade-off weight is there, or they differ in the
+        data, the norm, the test radius or the network.
     """
-    found = []
-    for folder in folders:
-        for file in sorted(folder.rglob("result.json")):
-            config = runs.saved_config(file.parent)
-            if "objective" in config and runs.finished(file.parent):
-                found += _point(file.parent, config)
+    found: dict[tuple, list[Point]] = defaultdict(list)
+    for file in [f for folder in folders for f in sorted(folder.rglob("result.json"))]:
+        config = runs.saved_config(file.parent)
+        if "objective" in config and runs.finished(file.parent):
+            result = runs.read_json(file)
+            where = tuple(result.get(key) for key in ("dataset", "test_eps", "model"))
+            new = _points(file.parent, config, result)
+            if new:
+                found[*where, str(config["threat"]["_target_"])] += new
     if not found:
         places = ", ".join(str(folder) for folder in folders)
         raise RunError(f"no finished training with a trade-off weight in {places}")
-    return sorted(found, key=lambda point: (point.method, point.weight))
+    if len(found) > 1:
+        places = "; ".join(", ".join(map(str, where)) for where in found)
+        raise RunError(f"these runs do not compare; give folders of one of: {places}")
+    (front,) = found.values()
+    return sorted(front, key=lambda p: (p.method, p.examples, p.weight))
 
 
-def _point(folder: Path, config: dict[str, Any]) -> list[Point]:
+def _points(
+    folder: Path, config: dict[str, Any], result: dict[str, Any]
+) -> list[Point]:
+    """One point for each number of examples that the network was judged on."""
     method = method_of(config)
-    result = runs.read_json(folder / "result.json")
-    again = [runs.read_json(p) for p in folder.glob("certify/*/result.json")]
-    same = [r for r in again if r["test_eps"] == result["test_eps"]]
-    proved = [r["certified"] for r in (result, *same) if "certified" in r]
     weight = (config["objective"]["loss"] | config["objective"]).get(
         WEIGHTS.get(method, "")
     )
-    if weight is None or not proved:
+    if weight is None or config["data"].get("validation") is not None:
         return []
-    last = weight[-1] if isinstance(weight, list) else weight
-    return [Point(method, float(last), result["clean"], max(proved))]
+    last = float(weight[-1] if isinstance(weight, list) else weight)
+    again = [p.parent for p in folder.glob("certify/*/result.json")]
+    judged = [runs.read_json(p / "result.json") for p in again if runs.finished(p)]
+    same = [r for r in judged if r.get("test_eps") == result.get("test_eps")]
+    best: dict[int, dict[str, Any]] = {}
+    for one in (result, *same):
+        known = best.get(one["examples"], {"certified": -1.0})
+        if one.get("certified", -1.0) > known["certified"]:
+            best[one["examples"]] = one
+    return [
+        Point(method, last, one["clean"], one["certified"], examples)
+        for examples, one in best.items()
+    ]

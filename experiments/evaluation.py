@@ -9,6 +9,7 @@ record does not depend on the batch, the subset or the interruption.
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import zlib
 from collections.abc import Callable, Iterator
@@ -203,11 +204,12 @@ def evaluate(task: Evaluation, file: Path, stop: Callable[[], int]) -> list[Reco
     weights = checkpoint.digest(task.weights)[:12]
     pairs = zip(task.examples.index, task.examples.labels, strict=True)
     labels = {int(i): int(label) for i, label in pairs}
+    images = dict(zip(labels, map(_fingerprint, task.examples.images), strict=True))
 
     def alike(row: Record) -> bool:
         """Is it of this network and these data?"""
-        label = labels.get(row.get("index"))
-        return row.get("weights") == weights and row.get("label", -1) == label
+        about = (labels.get(row.get("index")), images.get(row.get("index")), weights)
+        return about == (row.get("label", -1), row.get("image", ""), row.get("weights"))
 
     found = {row["index"]: row for row in keep_lines(file, alike)}
     clean, total = _clean(task), len(task.examples.index)
@@ -217,7 +219,10 @@ def evaluate(task: Evaluation, file: Path, stop: Callable[[], int]) -> list[Reco
                 continue
             if signum := stop():
                 raise Stopped(signum, f"after {len(found)} of {total} test examples")
-            rows = [_row(row, weights) for row in _judge(task, unit, clean)]
+            rows = [
+                _row(row, weights=weights, image=images[row["index"]])
+                for row in _judge(task, unit, clean)
+            ]
             new = [row for row in rows if row["index"] not in found]
             append_lines(file, new)
             found |= {row["index"]: row for row in new}
@@ -225,9 +230,14 @@ def evaluate(task: Evaluation, file: Path, stop: Callable[[], int]) -> list[Reco
     return [found[int(i)] for i in task.examples.index]
 
 
-def _row(row: Record, weights: str) -> Record:
-    """A record as it is read back: it names its weights, and NaN is None."""
-    return finite({**row, "weights": weights})
+def _fingerprint(image: np.ndarray) -> str:
+    content = np.ascontiguousarray(image).tobytes()
+    return hashlib.blake2s(content, digest_size=6).hexdigest()
+
+
+def _row(row: Record, **about: str) -> Record:
+    """A record as it is read back: it names what it is about, and NaN is None."""
+    return finite(row | about)
 
 
 def _clean(task: Evaluation) -> _Clean:

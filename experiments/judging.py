@@ -106,7 +106,10 @@ def about_training(settings: TrainSettings) -> dict[str, Any]:
         "dataset": settings.data.name,
         "model": name_of(settings.model),
         "objective": name_of(settings.objective.loss),
+        "threat": name_of(settings.threat),
         "train_eps": settings.train_eps,
+        "validation": settings.data.validation,
+        "selection": {"on": settings.selection},
         **({"train_sigma": noise["sigma"]} if "sigma" in noise else {}),
         "seed": settings.seed,
     }

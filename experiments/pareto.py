@@ -22,9 +22,8 @@ def draw(path: Path, points: list[Point]) -> None:
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for number, method in enumerate(sorted({point.method for point in points})):
-        color = COLORS[number % len(COLORS)]
-        _line(axes, [p for p in points if p.method == method], color)
+    for number, line in enumerate(_lines(points)):
+        _line(axes, line, COLORS[number % len(COLORS)])
     axes.set(xlabel="clean accuracy (%)", ylabel="certified accuracy (%)")
     axes.set_title("towards the upper right is better", fontsize=10)
     axes.grid(alpha=0.25)
@@ -35,9 +34,16 @@ def draw(path: Path, points: list[Point]) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _lines(points: list[Point]) -> list[list[Point]]:
+    """The points of each method and number of examples."""
+    keys = sorted({(point.method, point.examples) for point in points})
+    return [[p for p in points if (p.method, p.examples) == key] for key in keys]
+
+
 def _line(axes: Any, points: list[Point], color: str) -> None:
     method = points[0].method
-    label = f"{METHODS.get(method, method)}, {WEIGHTS[method]} at the points"
+    label = f"{METHODS.get(method, method)}, {points[0].examples:,} examples, "
+    label += f"{WEIGHTS[method]} at the points"
     seeds = {"color": color, "ls": "", "marker": ".", "ms": 4, "alpha": 0.5}
     axes.plot([p.clean for p in points], [p.certified for p in points], **seeds)
     means = mean_points(points)
@@ -60,6 +66,7 @@ def mean_points(points: list[Point]) -> list[Point]:
             weight,
             sum(p.clean for p in group) / len(group),
             sum(p.certified for p in group) / len(group),
+            group[0].examples,
         )
         for weight, group in sorted(groups.items())
     ]
@@ -67,10 +74,11 @@ def mean_points(points: list[Point]) -> list[Point]:
 
 def markdown(points: list[Point]) -> str:
     """The same points as a table."""
-    lines = [["method", "weight", "clean %", "certified %"], ["---"] + ["---:"] * 3]
-    for method in sorted({point.method for point in points}):
-        for p in mean_points([p for p in points if p.method == method]):
-            numbers = [f"{WEIGHTS[method]} = {p.weight:g}"]
-            numbers += [f"{p.clean:.2f}", f"{p.certified:.2f}"]
-            lines.append([METHODS.get(method, method), *numbers])
+    titles = ["method", "weight", "clean %", "certified %", "examples"]
+    lines = [titles, ["---"] + ["---:"] * 4]
+    for line in _lines(points):
+        for p in mean_points(line):
+            numbers = [f"{WEIGHTS[p.method]} = {p.weight:g}", f"{p.clean:.2f}"]
+            numbers += [f"{p.certified:.2f}", str(p.examples)]
+            lines.append([METHODS.get(p.method, p.method), *numbers])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

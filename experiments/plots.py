@@ -86,8 +86,9 @@ def _accuracy(axes: Any, result: dict[str, Any]) -> None:
         if name in curve:
             style = {"color": COLORS[name], "marker": MARKERS[name], "ms": 4}
             axes.plot(curve["eps"], curve[name], label=label, **style)
-    axes.axvline(result["test_eps"], color="black", lw=1, ls=":")
-    text, at = f"eps = {result['test_eps']:.4g}", (result["test_eps"], 2)
+    eps = result.get("test_eps", result.get("attack_eps"))
+    axes.axvline(eps, color="black", lw=1, ls=":")
+    text, at = f"eps = {eps:.4g}", (eps, 2)
     offset = {"textcoords": "offset points", "xytext": (4, 0)}
     axes.annotate(text, at, fontsize=8, **offset)
     axes.set(xlabel="eps (input units, pixels in [0, 1])", ylabel="accuracy (%)")

@@ -21,7 +21,8 @@ from experiments.runs import RunError
 
 
 KEYS = ("dataset", "test_eps", "attack_eps", "name", "model", "objective", "train_eps")
-KEYS += ("attack", "certifier", "examples", "recipe")
+KEYS += ("attack", "certifier", "examples", "threat", "validation", "recipe")
+METHODS = {"robust": "attack", "certified": "certifier"}
 NUMBERS = ("clean", "robust", "certified")
 HEADER = ("data", "test eps", "run", "network", "training", "train eps")
 HEADER += ("examples x seeds",)
@@ -43,7 +44,7 @@ def results_below(paths: Iterable[Path]) -> list[dict[str, Any]]:
     paths = list(paths)
     folders = _finished_below(paths)
     results = [
-        runs.read_json(folder / "result.json") | {"recipe": recipe(folder)}
+        runs.read_json(folder / "result.json") | {"recipe": runs.recipe(folder)}
         for folder in folders
     ]
     if not results:
@@ -56,14 +57,6 @@ def _finished_below(paths: Iterable[Path]) -> list[Path]:
     """Directories of finished runs."""
     found = sorted({file for path in paths for file in path.rglob("result.json")})
     return [file.parent for file in found if runs.finished(file.parent)]
-
-
-def recipe(folder: Path) -> str:
-    """A hash of all that a run was asked to do but its seed."""
-    config = runs.saved_config(folder) | {"seed": None, "train_run": None}
-    if "run" in config:  # an evaluation of the training run two folders up
-        config["trained"] = recipe(folder.parents[1])
-    return runs.config_hash(config)
 
 
 def merged(results: Iterable[dict[str, Any]]) -> list[Row]:
@@ -86,7 +79,9 @@ def _row(key: tuple, group: list[dict[str, Any]]) -> Row:
     values = {
         name: [result[name] for result in group if name in result] for name in NUMBERS
     }
-    return Row(dict(zip(KEYS, key, strict=False)) | {"seeds": len(group)}, values)
+    about = dict(zip(KEYS, key, strict=False))
+    about |= {"seeds": len(group), "selection": group[0].get("selection")}
+    return Row(about, values)
 
 
 def _best(rows: list[Row]) -> dict[tuple, float]:
@@ -101,18 +96,22 @@ def _best(rows: list[Row]) -> dict[tuple, float]:
 
 
 def _setting(row: Row) -> tuple:
-    return row.about["dataset"], row.about["test_eps"] or row.about["attack_eps"]
+    """What rows must share to compete: data, held out or not, norm and radius."""
+    about = row.about
+    data = (about["dataset"], about["validation"] is not None)
+    return *data, about["threat"], about["test_eps"] or about["attack_eps"]
 
 
 def cells(rows: list[Row], bold: Callable[[str], str], plus: str) -> list[list[str]]:
     """The text of every cell, rows in order."""
     best = _best(rows)
+    named = {n for n, key in METHODS.items() if len({r.about[key] for r in rows}) > 1}
     table = []
     for row in rows:
         about = row.about
         texts = [
-            about["dataset"],
-            _radius(_setting(row)[1]),
+            _data(about),
+            " ".join(filter(None, [about["threat"], _radius(_setting(row)[-1])])),
             about["name"],
             about["model"],
             about["objective"],
@@ -121,10 +120,19 @@ def cells(rows: list[Row], bold: Callable[[str], str], plus: str) -> list[list[s
         ]
         for name, values in row.values.items():
             text = _number(values, plus)
+            if values and name in named:
+                text += f" ({about[METHODS[name]]})"
             is_best = values and statistics.mean(values) == best[*_setting(row), name]
             texts.append(bold(text) if is_best else text)
         table.append(texts)
     return table
+
+
+def _data(about: dict[str, Any]) -> str:
+    """The data set; the split if it is not the test set, and a choice made on it."""
+    held_out = " (held out)" * (about["validation"] is not None)
+    chosen = (about["selection"] or {}).get("on") == "test"
+    return about["dataset"] + held_out + " (weights selected on it)" * chosen
 
 
 def _radius(eps: float | None) -> str:
@@ -145,7 +153,7 @@ def _number(values: list[float], plus: str) -> str:
 
 
 def headers(rows: list[Row]) -> list[str]:
-    """Column titles; the methods are named where all rows share them."""
+    """Column titles; methods that differ between rows are named in the cells."""
     methods = [{row.about[key] for row in rows} for key in ("attack", "certifier")]
     attack, certifier = (str(m.pop() or "") if len(m) == 1 else "" for m in methods)
     named = ("clean %", f"robust % {attack}", f"certified % {certifier}")

@@ -62,9 +62,23 @@ def masked(rows: list[Record]) -> list[str]:
 
 
 def joined(rows: Iterable[Record], others: Iterable[Record]) -> list[Record]:
-    """The records with the fields that another evaluation of the same weights adds."""
-    known = {(row["index"], row["weights"]): row for row in others}
-    return [known.get((row["index"], row["weights"]), {}) | row for row in rows]
+    """The records with the fields that another evaluation of the same network adds.
+
+    What either of two attacks broke is broken.
+    """
+    known = {_about(row): row for row in others}
+    return [_both(known.get(_about(row), {}), row) for row in rows]
+
+
+def _about(row: Record) -> tuple:
+    return row["index"], row["weights"], row.get("image")
+
+
+def _both(old: Record, row: Record) -> Record:
+    both = old | row
+    if "robust" in both:
+        both["robust"] = old.get("robust", True) and row.get("robust", True)
+    return both
 
 
 def show(result: dict[str, Any]) -> None:
@@ -122,8 +136,16 @@ def title_of(result: dict[str, Any]) -> str:
         how = f"train sigma {result['train_sigma']:.4g}"
     return (
         f"{result['dataset']} · {result['model']} · {result['objective']} ({how}) · "
-        f"{result['examples']} test examples"
+        f"{result['examples']} {' '.join(examples_of(result))}"
     )
+
+
+def examples_of(result: dict[str, Any]) -> list[str]:
+    """Of which split the examples are, and whether they chose the weights."""
+    held_out = result.get("validation") is not None
+    text = ["held-out training examples" if held_out else "test examples"]
+    chosen = result.get("selection", {}).get("on") == "test"
+    return text + ["(the weights were selected on them)"] * chosen
 
 
 def _radius(eps: float | None) -> str:

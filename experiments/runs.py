@@ -154,6 +154,14 @@ def saved_config(path: Path) -> dict[str, Any]:
     return yaml.safe_load(file.read_text())
 
 
+def recipe(path: Path) -> str:
+    """A hash of all that a run was asked to do but its seed."""
+    config = saved_config(path) | {"seed": None, "train_run": None}
+    if "run" in config:  # an evaluation of the training run two folders up
+        config["trained"] = recipe(path.parents[1])
+    return config_hash(config)
+
+
 def finished(path: Path) -> bool:
     """Is the run in this directory complete?"""
     return (path / "done").is_file() and (path / "result.json").is_file()

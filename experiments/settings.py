@@ -374,13 +374,24 @@ def _tied(
     if len(value) != 2:
         raise ConfigError(f"`{where}` is a number or [first, last], got {list(value)}")
     first, final = value
+    _check_grows(where, at)
     return training.tied(eps, at=at, first=first, final=final)
+
+
+def _check_grows(where: str, train_eps: float) -> None:
+    if train_eps <= 0:
+        raise ConfigError(
+            f"`{where}` follows eps on its way to train_eps, which is {train_eps:g}; "
+            f"train with a positive train_eps, or make `{where}` "
+            f"{0 if where == 'objective.reg' else 'one number'}"
+        )
 
 
 def regularizer_of(settings: TrainSettings, clock: Clock) -> Callable | None:
     """The regularisers of Shi et al., or None where their weight is 0."""
     if not settings.objective.reg:
         return None
+    _check_grows("objective.reg", settings.train_eps)
     return training.shi(
         eps=clock.eps(settings.train_eps),
         final=settings.train_eps,

@@ -92,6 +92,14 @@ def test_it_proves_what_its_stages_prove_alone(trained, cascade):
         assert (proved >= found).all()
 
 
+def test_without_an_attack_nothing_is_said_of_robustness(trained):
+    words = ("certifier=cascade", "~certifier.stages.pgd", "~certifier.stages.crown")
+    words += ("~certifier.stages.alpha_crown",)
+    result, rows, _ = certified(trained, *words)
+    assert "robust" not in result
+    assert not any("robust" in row for row in rows)
+
+
 def test_a_killed_cascade_goes_on(trained, cascade):
     result, rows, folder = cascade
     file = folder / "certificates.jsonl"

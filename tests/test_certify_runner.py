@@ -197,7 +197,8 @@ def test_records_of_other_data_are_made_again(trained, tmp_path):
     task = task._replace(examples=few(task.examples, 10))
     whole = evaluated(task, tmp_path)
     file = tmp_path / "certificates.jsonl"
-    foreign = [{"label": 10}, {"weights": "x"}, {"index": 99}, {"index": None}]
+    foreign = [{"label": 10}, {"weights": "x"}, {"image": "x"}]
+    foreign += [{"index": 99}, {"index": None}]
     for change in foreign:
         rows = [whole[0] | change | {"certified": "!"}, *whole[1:5]]
         nothing = {"weights": whole[0]["weights"]}
@@ -387,9 +388,17 @@ def test_other_evaluations_are_checked_against():
     others = [{"index": 1, "weights": "a", "correct": True, "robust": False}]
     both = results.joined(rows, others)
     assert not results.consistency(both, comparable=True)["consistent"]
-    strangers = [{**others[0], "weights": "b"}]
-    both = results.joined(rows, strangers)
-    assert results.consistency(both, comparable=True)["consistent"]
+    for change in ({"weights": "b"}, {"image": "b"}):
+        both = results.joined(rows, [others[0] | change])
+        assert results.consistency(both, comparable=True)["consistent"]
+
+
+def test_what_either_attack_broke_refutes_a_certificate():
+    """A cascade whose own attack failed does not hide what another one found."""
+    row = {"index": 1, "weights": "a", "correct": True, "certified": True}
+    broken = [{"index": 1, "weights": "a", "correct": True, "robust": False}]
+    both = results.joined([row | {"robust": True}], broken)
+    assert not results.consistency(both, comparable=True)["consistent"]
 
 
 def finished_result(folder, *, seed=0, train_seed=0, clean=98.0, eps=8 / 255, **config):
@@ -425,6 +434,25 @@ def test_report_merges_seeds_and_marks_the_best(tmp_path, capsys):
     text = capsys.readouterr().out
     assert r"\textbf{98.50 $\pm$ 0.71}" in text
     assert r"mlp\_x" in text
+
+
+def test_rows_say_what_they_do_not_share(tmp_path):
+    """Norm, held-out data, a choice on the test set, and verifiers where they differ."""
+    for name, changes in {
+        "1": {"threat": "Linf"},
+        "2": {"threat": "L2", "certifier": "CROWN"},
+        "3": {"threat": "Linf", "validation": 0.1},
+        "4": {"threat": "Linf", "selection": {"on": "test"}},
+    }.items():
+        finished_result(tmp_path / name, epochs=name)
+        file = tmp_path / name / "result.json"
+        runs.write_json(file, runs.read_json(file) | changes)
+    text = report.markdown(report.merged(report.results_below([tmp_path])))
+    assert "| mnist | L2 8/255 |" in text
+    assert "**80.00 (CROWN)**" in text  # the only row of its norm
+    assert "**80.00 (IBP)**" in text
+    assert "| mnist (held out) | Linf 8/255 |" in text
+    assert "| mnist (weights selected on it) |" in text
 
 
 def test_a_network_that_was_evaluated_twice_is_one_seed(tmp_path):

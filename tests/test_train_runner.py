@@ -221,6 +221,8 @@ def test_damaged_weights_are_trained_again(uninterrupted):
         (["schedule.warm=100"], "eps would never"),
         (["model=dm_small"], "does not take images of shape"),
         (["objective.kappa=[1,0.5,0]"], "objective.kappa"),
+        (["train_eps=0"], "`objective.reg` follows eps"),
+        (["train_eps=0", "objective.reg=0", "objective.kappa=[1,0.5]"], "one number"),
         (["optimizer.learning_rate=fast"], "learning_rate"),
         (["+objective.loss.kapa=1"], "unknown key `kapa`"),
         (["+threat.eps=0.1"], "set test_eps"),
@@ -234,6 +236,13 @@ def test_mistakes_are_told_before_a_directory_is_made(words, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         train.work(config, Launch((), None))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_only_attacks_has_curves_too(tmp_path):
+    words = ("certifier=null", "curve_points=2", "curve_examples=20", "max=20")
+    run(train.work, *SMALL, *words, f"paths.runs={tmp_path}")
+    assert "certified" not in numbers(only(tmp_path))
+    assert (only(tmp_path) / "curves.png").exists()
 
 
 def test_divergence_is_an_error_and_not_a_result(tmp_path):
