@@ -437,7 +437,7 @@ def test_report_merges_seeds_and_marks_the_best(tmp_path, capsys):
 
 
 def test_rows_say_what_they_do_not_share(tmp_path):
-    """Norm, held-out data, a choice on the test set, and verifiers where they differ."""
+    """Norm, held-out data, a choice on the test set; verifiers that differ."""
     for name, changes in {
         "1": {"threat": "Linf"},
         "2": {"threat": "L2", "certifier": "CROWN"},

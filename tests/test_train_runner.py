@@ -239,7 +239,7 @@ def test_mistakes_are_told_before_a_directory_is_made(words, message, tmp_path):
 
 
 def test_a_run_that_only_attacks_has_curves_too(tmp_path):
-    words = ("certifier=null", "curve_points=2", "curve_examples=20", "max=20")
+    words = ("~certifier", "curve_points=2", "curve_examples=20", "max=20")
     run(train.work, *SMALL, *words, f"paths.runs={tmp_path}")
     assert "certified" not in numbers(only(tmp_path))
     assert (only(tmp_path) / "curves.png").exists()
