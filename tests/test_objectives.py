@@ -273,8 +273,36 @@ def test_mart_and_arow_are_cross_entropies_where_nothing_moves():
         training.arow(THREAT, attack=centre, smoothing=1.0)
 
 
+def test_arow_attacks_the_divergence():
+    asked = []
+
+    def spy(threat, *, loss):
+        asked.append(loss(net(weights())(X), LABEL))
+        return lambda key, f, x, label: x
+
+    value(training.arow(THREAT, attack=spy), weights())
+    np.testing.assert_allclose(asked, [0.0], atol=1e-6)  # KL(f(x) || f(x))
+
+
+def test_what_taps_verifies_is_named_after_what_it_is_about():
+    """Only bounds of the whole set, not shrunk, may be called certificates."""
+    small = partial(training.small_box, attack=corner)
+    names = {}
+    for name, options in {
+        "whole": {},
+        "box": {"box": small},
+        "shrink": {"shrink": 0.8},
+    }.items():
+        objective = training.terms_of(training.taps(THREAT, attack=centre, **options))
+        names[name] = set(objective(KEY, net(weights()), X, LABEL).metrics)
+    assert "verified" in names["whole"]
+    for name in ("box", "shrink"):
+        assert "verified" not in names[name]
+        assert "verified_small" in names[name]
+
+
 def test_edac_attacks_a_less_certain_network():
-    """Its points are those of the attack on weights moved down the mean variance."""
+    """Its points are those of the attack on weights moved down the certainty."""
     seen = []
 
     def spy(threat):
@@ -297,7 +325,7 @@ def test_edac_attacks_a_less_certain_network():
         losses, jax.vmap(lambda x: value(training.natural(), w, x))(xs), rtol=1e-5
     )
     np.testing.assert_allclose(still, jax.vmap(net(w))(xs), rtol=1e-5)
-    assert jnp.var(moved, axis=1).mean() < jnp.var(still, axis=1).mean()
+    assert jnp.std(moved, axis=1).mean() < jnp.std(still, axis=1).mean()
     np.testing.assert_allclose(batch(w, 0.0)[1], still, rtol=1e-5)
 
 

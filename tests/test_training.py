@@ -179,8 +179,11 @@ def test_smoothed_ramp_is_the_published_formula():
 
 
 def test_a_ramp_may_be_a_jump():
-    ramp = training.smoothed_ramp(start=5, end=5, final=0.3)
-    np.testing.assert_allclose([ramp(5), ramp(6)], [0.0, 0.3], rtol=1e-6)
+    for ramp in (
+        training.smoothed_ramp(start=5, end=5, final=0.3),
+        training.linear_ramp(start=5, end=5, first=0.0, final=0.3),
+    ):
+        np.testing.assert_allclose([ramp(4), ramp(5)], [0.0, 0.3], rtol=1e-6)
     with pytest.raises(ValueError, match="start <= end"):
         training.smoothed_ramp(start=9, end=5, final=0.3)
 
@@ -194,6 +197,8 @@ def test_kappa_follows_eps():
 
 
 def test_learning_rates():
+    twice = training.piecewise(value=1.0, boundaries=[10, 10], factor=0.5)
+    assert float(twice(11)) == 0.25
     steps = training.piecewise(value=1.0, boundaries=[10, 20], factor=0.2)
     np.testing.assert_allclose([steps(9), steps(11), steps(21)], [1.0, 0.2, 0.04], 1e-6)
     np.testing.assert_allclose(training.cosine(value=2.0, steps=10)(5), 1.0, rtol=1e-6)

@@ -98,20 +98,34 @@ def test_accumulation_updates_once_with_the_mean_gradient_and_its_own_rate():
         training.adam(learning_rate=0.1, accumulate=2, sharpness=0.1)
 
 
+def test_a_gradient_that_is_not_finite_nearby_is_not_taken():
+    """The loss is defined at the weight, but not within rho of it."""
+    sharp = training.sgd(learning_rate=0.1, momentum=0.0, sharpness=0.5)
+    plain = training.sgd(learning_rate=0.1, momentum=0.0)
+    slope = jax.grad(lambda w: -jnp.sqrt(w))
+    w, found = jnp.float32(0.01), []
+    for optimizer, more in ((sharp, {"gradient_at": slope}), (plain, {})):
+        state = optimizer.init(w)
+        found.append(optimizer.update(slope(w), state, w, **more)[0])
+    assert found[0] == found[1]
+
+
 # --------------------------------------------------------------------- noisy weights
 
 
 def test_noise_of_the_weights_has_the_size_asked_for_and_mean_zero():
-    params = {"w": jnp.linspace(-1.0, 1.0, 40).reshape(8, 5), "b": jnp.ones(5)}
+    params = {"kernel": jnp.linspace(-1.0, 1.0, 40).reshape(8, 5), "bias": jnp.ones(5)}
     perturb = training.gaussian_weights(std=0.1)
     keys = jax.random.split(KEY, 500)
     noisy = jax.vmap(perturb, in_axes=(0, None))(keys, params)
-    spread = jnp.std(noisy["w"] - params["w"][None], axis=0)
-    np.testing.assert_allclose(spread.mean(), 0.1 * jnp.std(params["w"]), rtol=0.05)
-    np.testing.assert_allclose(noisy["w"].mean(0), params["w"], atol=0.02)
-    assert (noisy["b"] == 1).all()  # an array without spread stays
-    absolute = training.gaussian_weights(std=0.1, relative=False)(KEY, params)
-    assert (absolute["b"] != 1).all()
+    kernel = params["kernel"]
+    spread = jnp.std(noisy["kernel"] - kernel[None], axis=0)
+    np.testing.assert_allclose(spread.mean(), 0.1 * jnp.std(kernel), rtol=0.05)
+    np.testing.assert_allclose(noisy["kernel"].mean(0), kernel, atol=0.02)
+    absolute = training.gaussian_weights(std=0.1, relative=False)
+    noisy = jax.vmap(absolute, in_axes=(0, None))(keys, params)
+    assert jnp.std(noisy["kernel"] - kernel[None]) == pytest.approx(0.1, rel=0.05)
+    assert (noisy["bias"] == 1).all()
     with pytest.raises(ValueError, match="std"):
         training.gaussian_weights(std=-1.0)
 

@@ -236,7 +236,7 @@ class LipschitzNet(nn.Module):
             x = space_to_depth(x) if not (x.shape[0] % 2 or x.shape[1] % 2) else x
         x = x.reshape(-1)
         for i, features in enumerate(self.hidden):
-            x = self._activated(AOL(features, name=f"dense_{i}")(x))
+            x = group_sort(AOL(features, name=f"dense_{i}")(x), self.group)
         return AOL(self.classes, name="logits")(x)
 
     def _activated(self, x: Array) -> Array:

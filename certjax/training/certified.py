@@ -137,7 +137,7 @@ def sabr(
 ) -> Objective:
     """Interval bounds over a small box around an adversarial point.
 
-    "verified" is about the small box, not about the threat set: no certificate.
+    "verified_small" is about the small box, not about the threat set: no certificate.
 
     Args:
       threat: the perturbation set.

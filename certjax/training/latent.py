@@ -8,7 +8,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from certjax import bounds
 from certjax.attacks.losses import Loss
 from certjax.specification import margins
 from certjax.threat import Box, Threat
@@ -83,18 +82,25 @@ def taps(  # noqa: PLR0913
 
     Args:
       threat: the perturbation set.
-      attack: builds the attack in the latent box, which is a `Box`.
+      attack: builds the attack in the latent box, which is a `Box`. It must maximise
+        the loss it is given and nothing else, as `ascent` does; `pgd` prefers points
+        that are misclassified, and the "label" here is the other class.
       behind: activations in the second part of the network.
       gradient_scale: factor on the gradient through the attacked margins.
       share: see `connect`.
       box: the input box; `partial(small_box, ...)` makes it STAPS.
-      shrink: as in `sabr`, for the first part.
+      shrink: as in `sabr`.
       active: the loss of IBP alone below 1; tie it to the ramp of eps, along which the
         papers train with IBP.
       kappa: weight of the natural term.
+
+    The metric "verified" is about the whole set; "verified_small" stands for it where a
+    small box or shrinking makes it no certificate.
     Source: Mao et al. 2023, arXiv:2305.04574.
     """
     region = box(threat)
+    proves = box is whole_set and shrink is None
+    verified = "verified" if proves else "verified_small"
 
     @Itemized
     def objective(key: Key, f: Classifier, x: Array, label: Array) -> Terms:
@@ -103,14 +109,14 @@ def taps(  # noqa: PLR0913
         first, second = split(f, x, behind=behind)
         centre = 0.5 * (set_.lower + set_.upper)
         latent, layers = layered(first, shrink)(set_, centre)
-        margin, more = _rest(second, latent, label)
+        margin, more = _rest(second, latent, label, shrink if behind else None)
         attacked = _attacked_margins(attack, inner, second, latent, label, share)
         robust, found = map(robust_cross_entropy, (margin.lower, attacked))
         product = _with_gradient(found, gradient_scale) * robust
         metrics = {
             "robust": robust,
             "latent_adversarial": found,
-            "verified": jnp.all(margin.lower > 0),
+            verified: jnp.all(margin.lower > 0),
         }
         loss = jnp.where(jnp.asarray(active) >= 1, product, robust)
         loss = mixed_with_natural(kappa, f, x, label, loss)
@@ -120,12 +126,11 @@ def taps(  # noqa: PLR0913
 
 
 def _rest(
-    second: Classifier, latent: Interval, label: Array
+    second: Classifier, latent: Interval, label: Array, shrink: float | None
 ) -> tuple[Interval, tuple[Interval, ...]]:
     """Margins of the second part over the latent box, by interval arithmetic."""
     centre = 0.5 * (latent.lower + latent.upper)
-    rows = bounds.ibp_with_layers(lambda v: margins(second(v), label))
-    return rows(Box(*latent), centre)
+    return layered(lambda v: margins(second(v), label), shrink)(Box(*latent), centre)
 
 
 def _attacked_margins(

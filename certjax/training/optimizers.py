@@ -95,7 +95,8 @@ def sharpness_aware(
     """Descend along the gradient at the worst weights within rho, to first order.
 
     `update` needs the keyword `gradient_at(params) -> gradient`, which `train_step`
-    gives; a step costs two gradients.
+    gives; a step costs two gradients. Where that gradient is not finite, the one at the
+    weights themselves is taken.
 
     Source: Foret et al. 2021, arXiv:2010.01412, algorithm 1.
     """
@@ -113,7 +114,10 @@ def sharpness_aware(
     ) -> tuple[PyTree, PyTree]:
         length = rho / jnp.maximum(optax.tree.norm(gradient), 1e-12)
         worst = jax.tree.map(lambda w, g: w + length * g, params, gradient)
-        return inner.update(gradient_at(worst), state, params, **extra)
+        there = gradient_at(worst)
+        finite = jnp.isfinite(optax.tree.norm(there))
+        there = jax.tree.map(lambda g, h: jnp.where(finite, g, h), there, gradient)
+        return inner.update(there, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 

@@ -1,5 +1,6 @@
 """Schedules: pure functions of the integer step, which may be traced."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -33,7 +34,7 @@ def smoothed_ramp(
 
     Args:
       start: step up to which the value is 0.
-      end: step from which it is final; may equal start (a jump).
+      end: step from which it is final; may equal start: a jump at that step.
       final: the last value.
       bend: share of the ramp that is not linear.
       power: exponent of that share.
@@ -49,8 +50,8 @@ def smoothed_ramp(
         early = knee * (elapsed / curve) ** power
         late = knee + (final - knee) * (elapsed - curve) / max(line, 1)
         ramp = jnp.where(elapsed <= curve, early, late)
-        ramp = jnp.where(elapsed >= end - start, final, ramp)
-        return jnp.where(elapsed <= 0, 0.0, ramp)
+        ramp = jnp.where(elapsed <= 0, 0.0, ramp)
+        return jnp.where(elapsed >= end - start, final, ramp)
 
     return schedule
 
@@ -61,7 +62,8 @@ def linear_ramp(*, start: int, end: int, first: float, final: float) -> Schedule
 
     def schedule(step: Scalar) -> Array:
         elapsed = (jnp.asarray(step, jnp.float32) - start) / max(end - start, 1)
-        return first + (final - first) * jnp.clip(elapsed, 0.0, 1.0)
+        ramp = first + (final - first) * jnp.clip(elapsed, 0.0, 1.0)
+        return jnp.where(step >= end, final, ramp)
 
     return schedule
 
@@ -78,8 +80,9 @@ def tied(eps: Schedule, *, at: float, first: float, final: float) -> Schedule:
 
 def piecewise(*, value: float, boundaries: Sequence[int], factor: float) -> Schedule:
     """`value`, multiplied by `factor` at each of the steps in `boundaries`."""
+    falls = Counter(int(step) for step in boundaries)  # two may round to one step
     return optax.piecewise_constant_schedule(
-        value, dict.fromkeys((int(step) for step in boundaries), factor)
+        value, {step: factor**count for step, count in falls.items()}
     )
 
 

@@ -18,7 +18,9 @@ def gaussian_weights(
     jagged, then train better.
 
     Args:
-      std: standard deviation; of an array of weights relative to its own.
+      std: standard deviation of the noise of the kernels of convolutions and fully
+        connected layers; relative to that of each kernel. Biases and normalisations
+        have none.
       relative: False: std is absolute.
     Source: Balauca et al. 2025, arXiv:2403.07095; relative as CTBench has it.
     """
@@ -26,10 +28,11 @@ def gaussian_weights(
         raise ValueError(f"std must be at least 0, got {std}")
 
     def perturb(key: Key, params: PyTree) -> PyTree:
-        leaves, tree = jax.tree.flatten(params)
+        leaves, tree = jax.tree.flatten_with_path(params)
         keys = jax.random.split(key, len(leaves))
         return tree.unflatten(
-            [_noisy(*pair) for pair in zip(keys, leaves, strict=True)]
+            _noisy(own, w) if getattr(path[-1], "key", None) == "kernel" else w
+            for own, (path, w) in zip(keys, leaves, strict=True)
         )
 
     def _noisy(key: Key, w: Array) -> Array:
