@@ -106,7 +106,6 @@ def about_training(settings: TrainSettings) -> dict[str, Any]:
         "dataset": settings.data.name,
         "model": name_of(settings.model),
         "objective": name_of(settings.objective.loss),
-        "threat": name_of(settings.threat),
         "train_eps": settings.train_eps,
         "validation": settings.data.validation,
         "selection": {"on": settings.selection},
@@ -272,7 +271,7 @@ def _comparable(plan: Plan) -> bool:
 
 def _described(plan: Plan) -> dict[str, Any]:
     """The methods and the adversary in words."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"threat": name_of(plan.threat)}
     if plan.certifier is not None:
         label, sound = label_of(plan.certifier), cascade.is_sound(plan.certifier)
         label = label if sound else label.removesuffix(" in float32")

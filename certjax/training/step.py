@@ -98,7 +98,7 @@ def train_step(  # noqa: PLR0913 - keyword-only options
 
     def loss(params: PyTree, state: TrainState, xs: Array, labels: Array) -> tuple:
         step = state.step
-        kernels = params
+        plain = params
         if perturb is not None:
             params = perturb(_key(seed, "weights", step), params)
         keys = _keys(seed, "attack", step, len(xs))
@@ -110,7 +110,7 @@ def train_step(  # noqa: PLR0913 - keyword-only options
             statistics, known = clean_forward(model, params, zs)[1], None
         f = classifier(model, params, statistics)
         terms = _batch_terms(recipe(step), keys, f, xs, labels, known)
-        penalties = _penalties(regularizer, l1, terms, kernels, step)
+        penalties = _penalties(regularizer, l1, terms, plain, step)
         total = sum(penalties.values(), jnp.mean(terms.loss))
         metrics = _clean_metrics(logits, labels) if clean else {}
         metrics |= _means(terms.metrics) | penalties | of_layers(terms)
