@@ -6,6 +6,7 @@ from typing import Any
 from experiments.ctbench import METHODS, Point, WEIGHTS
 
 
+MARKS = (("o", "-"), ("s", "--"), ("^", ":"))
 COLORS = ("#1b6ca8", "#d95f02", "#2f7d32", "#7b3294", "#4c4c4c")
 
 
@@ -19,16 +20,19 @@ def draw(path: Path, points: list[Point]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    figure = Figure(figsize=(6.4, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for number, line in enumerate(_lines(points)):
-        _line(axes, line, COLORS[number % len(COLORS)])
+    methods = sorted({point.method for point in points})
+    counts = sorted({point.examples for point in points}, reverse=True)
+    for line in _lines(points):
+        number, way = methods.index(line[0].method), counts.index(line[0].examples)
+        _line(axes, line, COLORS[number % len(COLORS)], MARKS[way % len(MARKS)])
     axes.set(xlabel="clean accuracy (%)", ylabel="certified accuracy (%)")
     axes.set_title("towards the upper right is better", fontsize=10)
     axes.grid(alpha=0.25)
     axes.margins(0.12)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -40,7 +44,7 @@ def _lines(points: list[Point]) -> list[list[Point]]:
     return [[p for p in points if (p.method, p.examples) == key] for key in keys]
 
 
-def _line(axes: Any, points: list[Point], color: str) -> None:
+def _line(axes: Any, points: list[Point], color: str, mark: tuple[str, str]) -> None:
     method = points[0].method
     label = f"{METHODS.get(method, method)}, {points[0].examples:,} examples, "
     label += f"{WEIGHTS[method]} at the points"
@@ -48,7 +52,8 @@ def _line(axes: Any, points: list[Point], color: str) -> None:
     axes.plot([p.clean for p in points], [p.certified for p in points], **seeds)
     means = mean_points(points)
     xs, ys = [p.clean for p in means], [p.certified for p in means]
-    axes.plot(xs, ys, color=color, marker="o", ms=5, lw=1.4, label=label)
+    style = {"color": color, "marker": mark[0], "ls": mark[1], "ms": 5, "lw": 1.4}
+    axes.plot(xs, ys, label=label, **style)
     for point in means:
         offset = {"textcoords": "offset points", "xytext": (6, 5)}
         place = (point.clean, point.certified)
