@@ -64,17 +64,16 @@ def masked(rows: list[Record]) -> list[str]:
 def joined(rows: Iterable[Record], others: Iterable[Record]) -> list[Record]:
     """The records with the fields that another evaluation of the same network adds.
 
-    What either of two attacks broke is broken.
+    What either of two attacks broke is broken. Records that name another image are left
+    out; those of earlier versions name none.
     """
-    known = {_about(row): row for row in others}
-    return [_both(known.get(_about(row), {}), row) for row in rows]
-
-
-def _about(row: Record) -> tuple:
-    return row["index"], row["weights"], row.get("image")
+    known = {(row["index"], row["weights"]): row for row in others}
+    return [_both(known.get((row["index"], row["weights"]), {}), row) for row in rows]
 
 
 def _both(old: Record, row: Record) -> Record:
+    if old.get("image") not in (None, row.get("image")):
+        return row
     both = old | row
     if "robust" in both:
         both["robust"] = old.get("robust", True) and row.get("robust", True)
@@ -136,16 +135,16 @@ def title_of(result: dict[str, Any]) -> str:
         how = f"train sigma {result['train_sigma']:.4g}"
     return (
         f"{result['dataset']} · {result['model']} · {result['objective']} ({how}) · "
-        f"{result['examples']} {' '.join(examples_of(result))}"
+        f"{result['examples']} {_kind_of_examples(result)}"
     )
 
 
-def examples_of(result: dict[str, Any]) -> list[str]:
+def _kind_of_examples(result: dict[str, Any]) -> str:
     """Of which split the examples are, and whether they chose the weights."""
     held_out = result.get("validation") is not None
-    text = ["held-out training examples" if held_out else "test examples"]
     chosen = result.get("selection", {}).get("on") == "test"
-    return text + ["(the weights were selected on them)"] * chosen
+    split = "held-out training examples" if held_out else "test examples"
+    return split + " (the weights were selected on them)" * chosen
 
 
 def _radius(eps: float | None) -> str:

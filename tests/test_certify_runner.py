@@ -393,6 +393,14 @@ def test_other_evaluations_are_checked_against():
         assert results.consistency(both, comparable=True)["consistent"]
 
 
+def test_records_of_earlier_versions_still_refute():
+    """They name no image, and are taken for those of the same network."""
+    row = {"index": 1, "weights": "a", "correct": True, "certified": True}
+    old = [{"index": 1, "weights": "a", "correct": True, "robust": False}]
+    both = results.joined([row | {"image": "x"}], old)
+    assert not results.consistency(both, comparable=True)["consistent"]
+
+
 def test_what_either_attack_broke_refutes_a_certificate():
     """A cascade whose own attack failed does not hide what another one found."""
     row = {"index": 1, "weights": "a", "correct": True, "certified": True}

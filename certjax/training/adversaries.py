@@ -95,9 +95,9 @@ def edac(threat: Threat, *, attack: AttackBuilder, step: float = 0.03) -> Object
     repeated there, and the loss is that of the original weights at the points it finds.
 
     Two things differ from the authors' program, where the optimiser takes the step (its
-    learning rate 0.1 times a weight of 0.3) and the weights keep it: here it is one of
-    plain gradient descent, undone afterwards, in whatever floating arrays f closes
-    over, batch statistics included.
+    learning rate times a weight of 0.3; ours is that at a rate of 0.1) and the weights
+    keep it: here it is one of plain gradient descent, undone afterwards, in whatever
+    floating arrays f closes over, batch statistics included.
 
     Needs the batch: call it under `jax.vmap(..., axis_name=EXAMPLES)`, as `train_step`
     does.
