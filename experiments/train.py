@@ -17,6 +17,7 @@ from certjax.models import population_statistics
 from certjax.training.streams import stream
 from certjax.types import Array, Key
 from experiments import build, checkpoint, console, data, devices, runs, selection
+from experiments.build import ConfigError
 from experiments.cli import Launch, launch
 from experiments.evaluation import as_input, Evaluation, Examples, Weights
 from experiments.judging import (
@@ -114,6 +115,7 @@ def prepared(settings: TrainSettings) -> Job:
     step = step_of(settings, model, optimizer, clock, train.images[0])
     evaluation = evaluation_of(plan_of(settings), model)
     initialize = initializer_of(settings.objective, model)
+    _check_trains(step, initialize, optimizer, batches(train, settings)(0))
     choose = selection.chooser(settings, model, held, clock)
     return Job(settings, train, evaluation, clock, optimizer, initialize, step, choose)
 
@@ -123,6 +125,26 @@ def _check_noise(settings: TrainSettings, model: nn.Module, image: np.ndarray) -
         where = "objective.loss.noise"
         noise = build.build(node, where=where)
         check_shown(model, noise.sample, image, where=where)
+
+
+def _check_trains(
+    step: training.step.Step,
+    initialize: Callable[[Key, Array], dict],
+    optimizer: optax.GradientTransformation,
+    batch: tuple[Any, Any],
+) -> None:
+    """Trace the step, which JAX remembers: what it cannot do is refused before it runs.
+
+    Raises:
+      ConfigError: the step's own complaint.
+    """
+    image = jax.ShapeDtypeStruct(batch[0].shape[1:], jnp.float32)
+    variables = jax.eval_shape(initialize, jax.random.key(0), image)
+    state = jax.eval_shape(lambda v: training.initial_state(v, optimizer), variables)
+    try:
+        jax.eval_shape(step, state, *batch)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise ConfigError(f"`objective` cannot train this `model`: {error}") from error
 
 
 def step_of(

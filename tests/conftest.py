@@ -17,6 +17,8 @@ import jax  # noqa: E402
 
 # broadcasting (3,) with (2, 3) silently is how a batch axis gets mixed with classes
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if jax.default_backend() != "cpu":  # tolerances are those of whole float32 factors
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def _folder(variable: str | None, name: str) -> Path:

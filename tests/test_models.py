@@ -223,6 +223,25 @@ def test_population_statistics_weigh_batches_by_size():
         models.population_statistics(net, params, [])
 
 
+def test_population_statistics_of_other_weights_compile_nothing_more():
+    traced = []
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            traced.append(1)
+            return models.mlp(hidden=(5,), batch_norm=True)(x, train=train)
+
+    net = Net()
+    params = net.init(KEY, XS[0])["params"]
+    first = models.population_statistics(net, params, [XS, XS])
+    before = len(traced)
+    double = jax.tree.map(lambda v: 2 * v, params)
+    second = models.population_statistics(net, double, [XS])
+    assert len(traced) == before
+    assert not np.array_equal(*(jax.tree.leaves(v)[1] for v in (first, second)))
+
+
 # --------------------------------------------------------------------------- foreign
 
 

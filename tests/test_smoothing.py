@@ -34,6 +34,9 @@ KEY = jax.random.key(7)
 NOISE = Gaussian(0.5)
 WEIGHTS = jnp.asarray([[1.0, -0.5], [-1.0, 0.2], [0.3, 1.0]])
 X = jnp.asarray([0.3, 0.1])
+ON_CPU = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="compares with virtual devices of the CPU"
+)
 
 
 def linear(weights, x):
@@ -147,6 +150,7 @@ def printed(process):
     return json.loads(out.splitlines()[-1])
 
 
+@ON_CPU
 def test_counts_of_a_network_do_not_depend_on_batch_or_devices(monkeypatch):
     """1, 3 and 8 virtual devices in a fresh process, against this one."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -156,6 +160,7 @@ def test_counts_of_a_network_do_not_depend_on_batch_or_devices(monkeypatch):
         assert votes(CONV, NOISE, KEY, IMAGE, 2501, batch).tolist() == expected
 
 
+@ON_CPU
 def test_counts_of_a_network_do_not_depend_on_processes(monkeypatch):
     """Two processes of two virtual devices each, joined by jax.distributed."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")

@@ -217,6 +217,7 @@ def test_damaged_weights_are_trained_again(uninterrupted):
     [
         (["attack.steps=0"], "`attack`: steps must be at least 1"),
         (["test_eps=2"], "eps must lie in"),
+        (["objective=pgd", "objective.reg=0.5"], "need the bounds of each layer"),
         (["schedule.batch=100000"], "more than the"),
         (["schedule.warm=100"], "eps would never"),
         (["model=dm_small"], "does not take images of shape"),

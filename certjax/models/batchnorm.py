@@ -146,11 +146,6 @@ def population_statistics(
       ValueError: there is no batch.
     """
 
-    @jax.jit
-    def statistics(xs: Array) -> PyTree:
-        _, found = clean_forward(model, params, xs)
-        return _map_layers(lambda v: v | {"var": _unbiased(v)}, found)
-
     def add(total: dict, new: dict) -> dict:
         count = total["count"] + new["count"]
         share = new["count"] / count
@@ -159,8 +154,15 @@ def population_statistics(
 
     average = None
     for xs in batches:
-        found = statistics(xs)
+        found = _unbiased_statistics(model, params, xs)
         average = found if average is None else _map_layers(add, average, found)
     if average is None:
         raise ValueError("population_statistics needs at least one batch, got none")
     return average
+
+
+@partial(jax.jit, static_argnums=0)
+def _unbiased_statistics(model: nn.Module, params: PyTree, xs: Array) -> PyTree:
+    """Of one batch; compiled once for a model, however often its weights change."""
+    _, found = clean_forward(model, params, xs)
+    return _map_layers(lambda v: v | {"var": _unbiased(v)}, found)
