@@ -85,6 +85,15 @@ def test_the_constant_of_a_layer_is_computed_in_full_precision(name):
     assert full.count(True) == 1
 
 
+def test_fully_connected_layers_of_an_sll_network_are_activated():
+    """Without stages and activations its logits would be affine in the image."""
+    net = models.sll_cnn(classes=3, stages=0, hidden=(8,))
+    x, d = jax.random.normal(KEY, (2, 24))
+    variables = net.init(KEY, x)
+    f = lambda t: net.apply(variables, x + t * d)
+    assert jnp.abs(f(3.0) - 2 * f(0.0) + f(-3.0)).max() > 0.1
+
+
 def _equations(jaxpr):
     for equation in jaxpr.eqns:
         yield equation

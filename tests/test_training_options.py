@@ -140,6 +140,14 @@ def test_noisy_weights_change_the_loss_and_not_the_weights_themselves():
     np.testing.assert_allclose(none["loss"], plain["loss"], rtol=1e-6)
 
 
+def test_noise_of_the_weights_leaves_the_l1_penalty_alone():
+    perturb = training.gaussian_weights(std=0.3)
+    _, plain = stepped(SGD(), 1, l1=1e-3)
+    _, noisy = stepped(SGD(), 1, l1=1e-3, perturb=perturb)
+    assert noisy["loss"] != plain["loss"]
+    assert noisy["l1"] == plain["l1"]
+
+
 # --------------------------------------------------------------------------- policies
 
 
