@@ -11,6 +11,7 @@ is flushed as it is made, and a torn last line is dropped when it is read again.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -31,6 +32,19 @@ import yaml
 # where things are and how they are shown, not what is done
 UNHASHED = ("tracking", "paths", "fresh", "checkpoint_seconds", "run", "data_dir")
 DISTRIBUTIONS = ("certjax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy")
+REFUSALS = {  # of a place that cannot be written
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
 
 
 class RunError(RuntimeError):
@@ -108,10 +122,12 @@ def opened(run: Run, *, fresh: bool, overrides: Iterable[str] = ()) -> Iterator[
 
 @contextlib.contextmanager
 def writable(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal to write into words."""
+    """Turn an operating system's refusal to write into words; pass other errors on."""
     try:
         yield
     except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
         raise RunError(
             f"cannot write to {path}: {error.strerror or error}; free some space or "
             "choose another place with paths.runs=<folder> (or CERTJAX_RUNS)"

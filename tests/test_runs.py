@@ -1,5 +1,6 @@
 """The same config is the same run; files are whole, and torn lines are tolerated."""
 
+import errno
 import json
 import math
 import os
@@ -134,6 +135,11 @@ def test_a_full_disk_is_named(run):
         Path("/dev/full").open("w") as file,
     ):
         file.write("x")
+
+
+def test_other_errors_of_the_system_stay_what_they_are(run):
+    with pytest.raises(ConnectionError), runs.opened(run, fresh=False):
+        raise ConnectionResetError(errno.ECONNRESET, "reset by the other side")
 
 
 def test_only_a_run_has_a_saved_config(tmp_path):
