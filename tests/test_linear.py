@@ -21,6 +21,7 @@ from certjax.bounds import (
     report,
     UnsupportedPrimitive,
 )
+from certjax.bounds.climb import best_of, Climb
 from certjax.specification import margins
 from certjax.threat import Box, L1, L2, Linf
 
@@ -452,3 +453,38 @@ def test_bounds_against_the_exact_minimum(eps):
     if eps < 0.1:  # hardly a neuron is undecided: next to nothing is lost
         np.testing.assert_allclose(ascended.lower, exact.lower, atol=5e-3)
         np.testing.assert_allclose(ascended.upper, exact.upper, atol=5e-3)
+
+
+def lower_end_along_a_line(*, steps, sound):
+    """t -> the sum of lower bounds of a network whose weights are at t of a line."""
+    weights, direction = jax.random.normal(jax.random.key(0), (2, 2, 6, 6))
+
+    @jax.jit
+    def lower(t):
+        a, b = weights + t * direction
+        f = lambda x: (b @ jax.nn.relu(a @ x))[:2]
+        bound = alpha_crown(f, steps=steps, sound=sound)
+        return bound(Linf(0.1), jnp.full(6, 0.3)).lower.sum()
+
+    return lower
+
+
+@pytest.mark.parametrize("sound", [False, True])
+def test_optimised_bounds_have_a_gradient_and_the_same_value_beside_it(sound):
+    lower = lower_end_along_a_line(steps=5, sound=sound)
+    value, slope = jax.jit(jax.value_and_grad(lower))(0.0)
+    assert value == lower(0.0)
+    assert jnp.isfinite(slope)
+    assert slope != 0
+
+
+def test_the_gradient_of_a_climb_is_that_at_the_shares_it_ends_at():
+    """max over a of t^3 - (a - t)^2 is t^3, and its derivative that at a = t."""
+
+    def best(t):
+        values = lambda a: t**3 - (a - t) ** 2
+        return best_of(Climb(100), lambda a: (values(a), values(a)), jnp.zeros(2))
+
+    value, slope = jax.jvp(best, (jnp.array([0.3, 0.7]),), (jnp.ones(2),))
+    np.testing.assert_allclose(value, [0.027, 0.343], atol=1e-3)
+    np.testing.assert_allclose(slope, [0.27, 1.47], atol=0.02)

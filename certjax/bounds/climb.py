@@ -27,6 +27,9 @@ def best_of(
 ) -> Array:
     """The greatest value that each bound of `lower(shares)` takes on the way.
 
+    Its derivative is that of the bound at the last shares, held fixed (of the best
+    bound itself, by the envelope theorem, where bounds are smooth in their shares).
+
     Args:
       climb: the steps.
       lower: shares -> (bounds that hold for any shares in [0, 1], what is ascended:
@@ -36,9 +39,11 @@ def best_of(
     """
     schedule = optax.exponential_decay(climb.size, 1, climb.decay)
     optimizer = optax.adam(schedule)
+    search, closed = jax.closure_convert(lower, start)
+    closed, start = jax.lax.stop_gradient((closed, start))
 
     def objective(shares: PyTree) -> tuple[Array, Array]:
-        values, ascended = lower(shares)
+        values, ascended = search(shares, *closed)
         return -jnp.sum(ascended), values
 
     def step(_: int, state: tuple) -> tuple:
@@ -52,7 +57,22 @@ def best_of(
     worst, _ = jax.eval_shape(lower, start)
     state = (start, optimizer.init(start), jnp.full_like(worst, -jnp.inf))
     shares, _, best = fori(climb.steps, step, state)
-    return _greater(lower(shares)[0], best)
+    last = lower(shares)[0]
+    return _moving_with(last, _greater(last, best))
+
+
+@jax.custom_jvp
+def _moving_with(moving: Array, value: Array) -> Array:
+    """`value`, to the last bit; its derivative is that of `moving` where finite."""
+    del moving
+    return value
+
+
+@_moving_with.defjvp
+def _moved(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    moving, value = primals
+    finite = jnp.isfinite(moving)
+    return value, jnp.where(finite, tangents[0], jnp.zeros_like(value))
 
 
 def _greater(values: Array, best: Array) -> Array:

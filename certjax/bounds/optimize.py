@@ -64,7 +64,8 @@ def alpha_crown(
     """Sound elementwise bounds of `f`: CROWN with optimised slopes.
 
     For every z in the set, lower <= f(z) <= upper in exact arithmetic; never looser
-    than `crown(f, intermediate)` or, for "alpha", `crown(f)`. Works under jit and vmap.
+    than `crown(f, intermediate)` or, for "alpha", `crown(f)`. Works under jit, vmap and
+    grad; its derivative is that of the bounds at the last slopes, held fixed.
 
     Args:
       f: a function of one example (or of one tree of arrays).
