@@ -68,7 +68,8 @@ def crown(
     """Sound elementwise bounds of `f` over a threat set, by linear relaxation.
 
     For every z in the set, lower <= f(z) <= upper in exact arithmetic; never looser
-    than `ibp(f)`. Differentiable; works under jit and vmap.
+    than `ibp(f)`. Differentiable; works under jit and vmap. On a GPU or TPU, certify
+    under `jax.default_matmul_precision("highest")`, as for `ibp`.
 
     Args:
       f: a function of one example (or of one tree of arrays).
