@@ -55,7 +55,7 @@ def ibp(
     the "elided last layer" of the papers. Differentiable; works under jit and vmap.
 
     On a GPU or TPU, certify under `jax.default_matmul_precision("highest")`, as the
-    runners do: their default keeps 11 or 8 bits of the factors of float32 products.
+    runners do: by default, these keep 11 or 8 bits of the factors of float32 products.
 
     Args:
       f: a function of one example (or of one tree of arrays).
