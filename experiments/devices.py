@@ -29,6 +29,14 @@ def replicate(tree: PyTree) -> PyTree:
     return jax.device_put(tree, _sharding())
 
 
+def replicated(tree: PyTree) -> PyTree:
+    """Shapes and types in the place of arrays, as `replicate` would put them there."""
+    place = _sharding()
+    return jax.tree.map(
+        lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=place), tree
+    )
+
+
 def divisible(size: int) -> int:
     """The smallest multiple of the number of devices that is at least `size`."""
     count = jax.local_device_count()

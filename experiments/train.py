@@ -142,7 +142,7 @@ def _check_trains(
     variables = jax.eval_shape(initialize, jax.random.key(0), image)
     state = jax.eval_shape(lambda v: training.initial_state(v, optimizer), variables)
     try:
-        jax.eval_shape(step, state, *batch)
+        jax.eval_shape(step, devices.replicated(state), *batch)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise ConfigError(f"`objective` cannot train this `model`: {error}") from error
 
