@@ -473,7 +473,7 @@ def lower_end_along_a_line(*, steps, sound):
 def test_optimised_bounds_have_a_gradient_and_the_same_value_beside_it(sound):
     lower = lower_end_along_a_line(steps=5, sound=sound)
     value, slope = jax.jit(jax.value_and_grad(lower))(0.0)
-    assert value == lower(0.0)
+    np.testing.assert_allclose(value, lower(0.0), rtol=1e-5)
     assert jnp.isfinite(slope)
     assert slope != 0
 

@@ -138,7 +138,7 @@ def population_statistics(
     the parameters.
 
     Args:
-      model: a Linen module of one example.
+      model: a Linen module of one example, without arrays as attributes.
       params: its parameters.
       batches: arrays [N, ...] in [0, 1], best all of the size used in training.
 
