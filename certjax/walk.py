@@ -135,6 +135,26 @@ def trace(f: Callable, *args: Any, keep_custom: bool = False) -> tuple[Graph, An
     return graph, jax.tree.structure(shapes)
 
 
+def held(f: Callable[[Any], Any], like: Any) -> tuple[Callable[[Any], Any], Any]:
+    """`f` with all that it closes over constant for derivatives; its result's shape.
+
+    (`jax.closure_convert` could do this, but keeps the last 4096 functions alive.)
+
+    Args:
+      f: a function of one tree of arrays.
+      like: such a tree.
+    """
+    jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(like)
+    constant = jaxpr.replace(consts=jax.lax.stop_gradient(jaxpr.consts))
+    result = jax.tree.structure(shape)
+
+    def g(arguments: Any) -> Any:
+        values = jex.jaxpr_as_fun(constant)(*jax.tree.leaves(arguments))
+        return jax.tree.unflatten(result, values)
+
+    return g, shape
+
+
 def bilinear(
     name: str,
     compute: Callable[..., Any],

@@ -57,5 +57,5 @@ def _refuse(error: Exception, in_sweep: bool) -> None:
     """Say what is wrong and end, or in a sweep let the other cells run first."""
     console.fail(str(error))
     if in_sweep or os.environ.get("HYDRA_FULL_ERROR") == "1":
-        raise type(error)(str(error)) from None
+        raise error
     raise SystemExit(1) from None

@@ -129,8 +129,9 @@ def writable(path: Path) -> Iterator[None]:
         if error.errno not in REFUSALS:
             raise
         raise RunError(
-            f"cannot write to {path}: {error.strerror or error}; free some space or "
-            "choose another place with paths.runs=<folder> (or CERTJAX_RUNS)"
+            f"cannot write to {error.filename or path}: {error.strerror or error}; "
+            "free some space or choose another place with paths.runs=<folder> (or "
+            "CERTJAX_RUNS)"
         ) from error
 
 
@@ -140,6 +141,12 @@ def _lock(lock: IO[str], run: Run) -> None:
     except BlockingIOError as error:
         raise RunError(
             f"another process works in {run.path}; wait for it, or change the config"
+        ) from error
+    except OSError as error:
+        raise RunError(
+            f"the file system of {run.path} cannot lock files ({error.strerror}), and "
+            "without locks two processes could share a run; choose another place with "
+            "paths.runs=<folder> (or CERTJAX_RUNS)"
         ) from error
 
 

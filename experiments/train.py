@@ -139,9 +139,11 @@ def _check_trains(
       ConfigError: the step's own complaint.
     """
     image = jax.ShapeDtypeStruct(batch[0].shape[1:], jnp.float32)
-    variables = jax.eval_shape(initialize, jax.random.key(0), image)
-    state = jax.eval_shape(lambda v: training.initial_state(v, optimizer), variables)
     try:
+        variables = jax.eval_shape(initialize, jax.random.key(0), image)
+        state = jax.eval_shape(
+            lambda v: training.initial_state(v, optimizer), variables
+        )
         jax.eval_shape(step, devices.replicated(state), *batch)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise ConfigError(f"`objective` cannot train this `model`: {error}") from error
@@ -375,8 +377,8 @@ def batches(train: Examples, settings: TrainSettings) -> Callable[[int], tuple]:
 def final_weights(job: Job, state: training.TrainState) -> Weights:
     """What is evaluated: the averaged weights where the config averages them.
 
-    Batch-norm statistics are those of all training examples, under the noise of the
-    objective if it has one.
+    Batch-norm statistics are averages over the training examples in whole batches, not
+    augmented, under the noise of the objective if it has one.
     """
     params = training.averaged_params(state.opt_state, state.params)
     if not state.statistics:

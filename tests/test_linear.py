@@ -1,5 +1,8 @@
 """Linear bounds: soundness for every operation, tightness, exactness, equal chunks."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +22,7 @@ from certjax.bounds import (
     margins_with_layers,
     plot,
     report,
+    slopes,
     UnsupportedPrimitive,
 )
 from certjax.bounds.climb import best_of, Climb
@@ -488,3 +492,21 @@ def test_the_gradient_of_a_climb_is_that_at_the_shares_it_ends_at():
     value, slope = jax.jvp(best, (jnp.array([0.3, 0.7]),), (jnp.ones(2),))
     np.testing.assert_allclose(value, [0.027, 0.343], atol=1e-3)
     np.testing.assert_allclose(slope, [0.27, 1.47], atol=0.02)
+
+
+@pytest.mark.parametrize("sound", [False, True])
+def test_slopes_outside_0_and_1_are_brought_inside(sound):
+    f = lambda x: jax.nn.relu(x @ W) @ V
+    wrong = crown(f, slope=lambda x: 2.0 + 0.0 * x.lower, sound=sound)
+    found, inside = wrong(Linf(0.2), X), crown(f, slope=slopes.one, sound=sound)
+    np.testing.assert_array_equal(found, inside(Linf(0.2), X))
+
+
+def test_a_climb_keeps_nothing_alive():
+    """`lower` closes over weights; a sweep in one process would pile them up."""
+    values = lambda a: (-(a**2), -(a**2))
+    best_of(Climb(2), values, jnp.ones(2))
+    gone = weakref.ref(values)
+    del values
+    gc.collect()
+    assert gone() is None

@@ -1,6 +1,7 @@
 """Projected gradient ascent on shares: the search behind `alpha_crown`."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import optax
 
 from certjax.loops import fori
 from certjax.types import Array, PyTree
+from certjax.walk import held
 
 
 class Climb(NamedTuple):
@@ -27,8 +29,8 @@ def best_of(
 ) -> Array:
     """The greatest value that each bound of `lower(shares)` takes on the way.
 
-    Its derivative is that of the bound at the last shares, held fixed (of the best
-    bound itself, by the envelope theorem, where bounds are smooth in their shares).
+    Its derivative is that of the bound at the last shares, held fixed; which are the
+    best ones where the search has settled.
 
     Args:
       climb: the steps.
@@ -39,22 +41,23 @@ def best_of(
     """
     schedule = optax.exponential_decay(climb.size, 1, climb.decay)
     optimizer = optax.adam(schedule)
-    search, closed = jax.closure_convert(lower, start)
-    closed, start = jax.lax.stop_gradient((closed, start))
+    start = jax.lax.stop_gradient(start)
+    search, (worst, _) = held(lower, start)
 
     def objective(shares: PyTree) -> tuple[Array, Array]:
-        values, ascended = search(shares, *closed)
+        values, ascended = search(shares)
         return -jnp.sum(ascended), values
+
+    finite = partial(jnp.nan_to_num, posinf=0.0, neginf=0.0)
 
     def step(_: int, state: tuple) -> tuple:
         shares, memory, best = state
         (_, values), gradient = jax.value_and_grad(objective, has_aux=True)(shares)
-        gradient = jax.tree.map(jnp.nan_to_num, gradient)
+        gradient = jax.tree.map(finite, gradient)
         update, memory = optimizer.update(gradient, memory)
         add = lambda s, u: jnp.clip(s + u, 0.0, 1.0)
         return jax.tree.map(add, shares, update), memory, _greater(values, best)
 
-    worst, _ = jax.eval_shape(lower, start)
     state = (start, optimizer.init(start), jnp.full_like(worst, -jnp.inf))
     shares, _, best = fori(climb.steps, step, state)
     last = lower(shares)[0]
@@ -63,16 +66,14 @@ def best_of(
 
 @jax.custom_jvp
 def _moving_with(moving: Array, value: Array) -> Array:
-    """`value`, to the last bit; its derivative is that of `moving` where finite."""
+    """`value`, to the last bit, with the derivative of `moving`."""
     del moving
     return value
 
 
 @_moving_with.defjvp
 def _moved(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    moving, value = primals
-    finite = jnp.isfinite(moving)
-    return value, jnp.where(finite, tangents[0], jnp.zeros_like(value))
+    return primals[1], tangents[0]
 
 
 def _greater(values: Array, best: Array) -> Array:

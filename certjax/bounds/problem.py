@@ -189,9 +189,12 @@ def relaxed(problem: Problem, equation: Equation, values: list) -> Relaxation | 
 
 
 def default_share(slope: Slope, equation: Equation, values: list) -> Array | None:
-    """The share of a relu-like equation by the caller's slope; None: the family's."""
+    """The share of a relu-like equation by the caller's slope; None: the family's.
+
+    Brought into [0, 1]: outside, the line would not bound the function.
+    """
     x = bent_interval(equation, values)
-    return None if x is None else slope(x)
+    return None if x is None else jnp.clip(slope(x), 0.0, 1.0)
 
 
 def is_exact(problem: Problem, node: Node) -> bool:

@@ -4,7 +4,7 @@ The policy: a training step runs the clean batch once (`clean_forward`), which y
 the logits and the statistics of that batch as differentiable values. Attacks, bounds
 and losses of the same step then see the network frozen at these statistics
 (`classifier`), an ordinary function of one example. Evaluation freezes the running
-averages (`running_average`) or exact averages over data (`population_statistics`).
+averages (`running_average`) or the mean over batches (`population_statistics`).
 
 Batch statistics are means over the examples of a `jax.vmap` whose axis is named
 `EXAMPLES`. Source of the policy: Mao et al. 2025 (CTBench), arXiv:2406.04848.
