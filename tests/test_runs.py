@@ -116,6 +116,14 @@ def test_two_processes_do_not_share_a_run(run):
         pass
 
 
+def test_a_file_system_without_locks_is_named(run, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runs.fcntl, "flock", refuse)
+    assert_cannot_open(run, r"cannot lock files \(No locks available\).*paths\.runs")
+
+
 def assert_cannot_open(run, reason):
     opening = runs.opened(run, fresh=True)
     with pytest.raises(RunError, match=reason):
