@@ -1,8 +1,8 @@
 """What the process needs before JAX is first used: faster CPU code, a compile cache.
 
 `configure()` is the first thing every entry point does. It fills in only what the user
-left open; each of the three steps names how to switch it off. Library users who want
-the same speed on a CPU call it too, or set the two variables it documents.
+left open; each of the four steps names how to switch it off. Library users who want
+the same speed on a CPU call it too, or set the variables that the README lists.
 """
 
 import ctypes
@@ -22,21 +22,23 @@ FUSION_VALUE = "individual_convolution"
 LIBRARY_NAMES = ("libjax_common.*", "xla_extension.*", "jax_common.*")
 
 # malloc.h of glibc
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 TOP_PAD = 256 * 2**20
 
 
 def configure(cache: str | Path | None = None) -> None:
     """Prepare this process; call it before the first JAX computation.
 
-    Three steps, each leaving alone what the user has chosen: `use_fast_convolutions`,
-    `keep_freed_memory`, `use_compilation_cache`. Calling it again changes nothing.
+    Four steps, each leaving alone what the user has chosen: `use_fast_convolutions`,
+    `keep_freed_memory`, `compute_where_called`, `use_compilation_cache`. Calling it
+    again changes nothing.
 
     Args:
       cache: folder of compiled programs; None: see `use_compilation_cache`.
     """
     use_fast_convolutions()
     keep_freed_memory()
+    compute_where_called()
     use_compilation_cache(cache)
 
 
@@ -111,10 +113,9 @@ def keep_freed_memory() -> bool:
     to the kernel, and the next call pays a page fault for every 4 kB again. Keeping
     them took interval bounds of a four-convolution network at batch 128 from 19,600
     page faults and 118 ms of CPU time a call to 100 faults and 67 ms (its plain forward
-    pass from 46 to 29 ms). One arena for all threads, because a thread's own holds at
-    most 64 MB and maps what is larger: CROWN of a small network at batch 16 went from
-    73,000 faults and 323 ms to none and 220 ms. The price: memory once used stays with
-    the process, whose peak grew from 0.5 to 0.8 GB.
+    pass from 46 to 29 ms). The price: memory once used stays with the process, whose
+    peak grew from 0.5 to 0.8 GB. Holds for what the main thread asks for, hence
+    `compute_where_called`.
 
     Does nothing outside glibc, next to an accelerator, when malloc is replaced by
     LD_PRELOAD, or where `GLIBC_TUNABLES` or `MALLOC_*_` already tune it. To keep
@@ -126,12 +127,7 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    settings = (
-        (M_ARENA_MAX, 1),
-        (M_MMAP_MAX, 0),
-        (M_TRIM_THRESHOLD, -1),
-        (M_TOP_PAD, TOP_PAD),
-    )
+    settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, TOP_PAD))
     return all(mallopt(name, value) == 1 for name, value in settings)
 
 
@@ -142,6 +138,27 @@ def _malloc_is_tuned() -> bool:
     if "malloc" in os.environ.get("LD_PRELOAD", ""):
         return True
     return any(key.startswith("MALLOC_") and key.endswith("_") for key in os.environ)
+
+
+def compute_where_called() -> bool:
+    """Start CPU programs from the thread that calls them; True if done.
+
+    By default JAX hands a program to a thread of its own. What glibc keeps for such a
+    thread holds at most 64 MB: larger temporaries are mapped and faulted in anew at
+    every call (CROWN of `cnn4_bn` at batch 16: 280,000 page faults and 610 ms; from the
+    main thread 45 faults and 320 ms). One arena for all threads avoids that as well,
+    but then the threads that share the work wait for each other's allocations: a
+    training step of CROWN-IBP took 54 ms, against 46 here.
+
+    The price: a call returns when it is done, so that Python's own work no longer runs
+    beside it. To keep JAX's default: `JAX_CPU_ENABLE_ASYNC_DISPATCH=true`.
+    """
+    if "JAX_CPU_ENABLE_ASYNC_DISPATCH" in os.environ or not runs_on_cpu():
+        return False
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    return True
 
 
 def use_compilation_cache(cache: str | Path | None = None) -> Path | None:

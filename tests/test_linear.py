@@ -356,6 +356,36 @@ def test_margins_of_training_are_those_of_crown(intermediate):
         check_no_looser(a, b)
 
 
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda z: jax.nn.leaky_relu(z, 0.3),
+        lambda z: jnp.minimum(z, 0.2),
+        jnp.abs,
+        jnp.tanh,
+        lambda z: z * jax.nn.sigmoid(2 * z[::-1]),  # two operands
+        lambda z: z[:1] * jnp.exp(z[1:]),  # of another shape than the result
+    ],
+)
+def test_training_sums_lines_as_crown_does(act):
+    def rows(x, w=W):
+        z = act(act(x @ w) @ W.T[: act(x @ w).shape[0]])
+        return z @ V[: z.shape[0]]
+
+    threat = Linf(0.1)
+    found = margins_with_layers(rows, 1)(threat, X).linear
+    both = crown(lambda z: margins(rows(z), 1), "ibp")(threat, X)
+    np.testing.assert_allclose(found, both.lower, rtol=1e-4, atol=1e-5)
+
+    def total(bounds_of, w):
+        return jnp.sum(bounds_of(lambda z: rows(z, w)))
+
+    kept = lambda f: margins_with_layers(f, 1)(threat, X).linear
+    plain = lambda f: crown(lambda z: margins(f(z), 1), "ibp")(threat, X).lower
+    slopes_of = [jax.grad(lambda w, b=b: total(b, w))(W) for b in (kept, plain)]
+    np.testing.assert_allclose(*slopes_of, rtol=1e-3, atol=1e-4)
+
+
 def test_fused_loss_of_huge_bounds_has_a_gradient():
     loss = lambda w: fused_cross_entropy(lambda x: net(x, w), 1)(Linf(0.5), X)
     value, gradient = jax.value_and_grad(loss)(300 * W)

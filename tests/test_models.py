@@ -223,6 +223,20 @@ def test_population_statistics_weigh_batches_by_size():
         models.population_statistics(net, params, [])
 
 
+def test_population_statistics_of_a_model_with_arrays_are_refused():
+    class Net(nn.Module):
+        shift: jax.Array
+
+        @nn.compact
+        def __call__(self, x, train=False):
+            return models.mlp(hidden=(5,), batch_norm=True)(x - self.shift, train=train)
+
+    net = Net(jnp.float32(0.5))
+    params = net.init(KEY, XS[0])["params"]
+    with pytest.raises(TypeError, match="attributes must be hashable"):
+        models.population_statistics(net, params, [XS])
+
+
 def test_population_statistics_of_other_weights_compile_nothing_more():
     traced = []
 

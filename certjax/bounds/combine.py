@@ -156,8 +156,10 @@ def _solved(
     f: Classifier, label: Array, intermediate: str, threat: Threat, x: Array
 ) -> _Solved:
     rows = lambda z: margins(f(z), label)
-    problem, _ = pose(rows, threat, x, slope=adaptive, max_bytes=MAX_BYTES)
-    solve(problem, refinement(intermediate), centred=True)
+    problem, _ = pose(
+        rows, threat, x, slope=adaptive, max_bytes=MAX_BYTES, trained=True
+    )
+    solve(problem, refinement(intermediate))
     (target,) = problem.graph.outputs
     known = problem.env[target]
     folded = by_ibp(problem, target)

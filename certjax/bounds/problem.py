@@ -40,6 +40,8 @@ class Problem(NamedTuple):
     anchors: one value of each node, 0 for the inputs, that satisfies every affine
       equation: a linear function of the nodes is carried by its value there, which
       an affine step does not change.
+    trained: few rows, and a gradient of the weights behind them: see `solve` and
+      `linear`.
     """
 
     graph: Graph
@@ -51,13 +53,20 @@ class Problem(NamedTuple):
     positions: dict[Node, int]
     slope: Slope
     max_bytes: int
+    trained: bool = False
 
 
 Refine = Callable[[Problem, Node], Interval | None]
 
 
 def pose(
-    f: Callable, threat: Threat, x: PyTree, *, slope: Slope, max_bytes: int
+    f: Callable,
+    threat: Threat,
+    x: PyTree,
+    *,
+    slope: Slope,
+    max_bytes: int,
+    trained: bool = False,
 ) -> tuple[Problem, Any]:
     """The problem before anything is known, and the tree of f's output."""
     graph, tree = prepare(f, x)
@@ -70,18 +79,19 @@ def pose(
         for node in equation.outputs
     }
     anchors = {node: jnp.zeros_like(env[node].lower) for node in graph.inputs}
-    return Problem(
-        graph, threat, x, env, {}, anchors, positions, slope, max_bytes
-    ), tree
+    problem = Problem(
+        graph, threat, x, env, {}, anchors, positions, slope, max_bytes, trained
+    )
+    return problem, tree
 
 
-def solve(problem: Problem, refine: Refine, *, centred: bool = False) -> None:
+def solve(problem: Problem, refine: Refine) -> None:
     """Find the interval of every node and the relaxation of every nonlinearity.
 
-    centred: behind the first nonlinearity, take the centres of the intervals for
-      anchors. They need no pass of their own through the network, nor their derivatives
-      one back: half of what one row costs. With very many rows, the lines' distances
-      from them cost more.
+    Of a `trained` problem, the centres of the intervals are the anchors behind the
+    first nonlinearity. They need no pass of their own through the network, nor their
+    derivatives one back: half of what one row costs. With very many rows, the lines'
+    distances from them cost more.
     """
     centres: set[Node] = set()
     for i, equation in enumerate(problem.graph.equations):
@@ -96,7 +106,7 @@ def solve(problem: Problem, refine: Refine, *, centred: bool = False) -> None:
             problem.relaxations[i] = relaxed(problem, equation, values)
         outputs = interval_step(equation, values)
         problem.env.update(zip(equation.outputs, outputs, strict=True))
-        if centred and _keeps_centre(problem, i, values, centres):
+        if problem.trained and _keeps_centre(problem, i, values, centres):
             problem.anchors[equation.outputs[0]] = (
                 outputs[0].lower + outputs[0].upper
             ) / 2

@@ -144,7 +144,9 @@ def population_statistics(
 
     Raises:
       ValueError: there is no batch.
+      TypeError: the model has an array for an attribute.
     """
+    _check_hashable(model)
 
     def add(total: dict, new: dict) -> dict:
         count = total["count"] + new["count"]
@@ -159,6 +161,17 @@ def population_statistics(
     if average is None:
         raise ValueError("population_statistics needs at least one batch, got none")
     return average
+
+
+def _check_hashable(model: nn.Module) -> None:
+    try:
+        hash(model)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{type(model).__name__} is compiled once for all its weights, so that its "
+            "attributes must be hashable, and some are not; make arrays tuples of "
+            "numbers, or parameters"
+        ) from None
 
 
 @partial(jax.jit, static_argnums=0)
