@@ -177,6 +177,15 @@ def test_programs_find_their_memory_again(tmp_path):
     assert run(PROGRAM_FAULTS, tmp_path) < 1000 < default
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("JAX_CPU_ENABLE_ASYNC_DISPATCH", "true"), ("JAX_PLATFORMS", "cuda")],
+)
+def test_dispatch_is_left_as_chosen(bare, name, value):
+    bare.setenv(name, value)
+    assert not runtime.compute_where_called()
+
+
 @glibc
 @pytest.mark.parametrize(
     ("name", "value"),
