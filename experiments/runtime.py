@@ -2,7 +2,7 @@
 
 `configure()` is the first thing every entry point does. It fills in only what the user
 left open; each of the four steps names how to switch it off. Library users who want
-the same speed on a CPU call it too, or set the variables that the README lists.
+the same speed on a CPU call it too, or do what the README says.
 """
 
 import ctypes
@@ -151,9 +151,11 @@ def compute_where_called() -> bool:
     training step of CROWN-IBP took 54 ms, against 46 here.
 
     The price: a call returns when it is done, so that Python's own work no longer runs
-    beside it. To keep JAX's default: `JAX_CPU_ENABLE_ASYNC_DISPATCH=true`.
+    beside it. To keep JAX's default: `JAX_CPU_ENABLE_ASYNC_DISPATCH=true`, a variable
+    that is read here and not by JAX.
     """
-    if "JAX_CPU_ENABLE_ASYNC_DISPATCH" in os.environ or not runs_on_cpu():
+    chosen = os.environ.get("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
+    if chosen.lower() in ("true", "1") or not runs_on_cpu():
         return False
     import jax
 
