@@ -152,11 +152,12 @@ def compute_where_called() -> bool:
     its peak 3.4 GB, against 1.8.
 
     The price: a call returns when it is done, so that Python's own work no longer runs
-    beside it. To keep JAX's default: `JAX_CPU_ENABLE_ASYNC_DISPATCH=true`, a variable
-    that is read here and not by JAX.
+    beside it. Does nothing outside glibc or next to an accelerator. To keep JAX's
+    default: `JAX_CPU_ENABLE_ASYNC_DISPATCH=true`, a variable read here, not by JAX.
     """
     chosen = os.environ.get("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
-    if chosen.lower() in ("true", "1") or not runs_on_cpu():
+    asked = chosen.lower() in ("true", "1")
+    if asked or platform.libc_ver()[0] != "glibc" or not runs_on_cpu():
         return False
     import jax
 

@@ -393,6 +393,21 @@ def test_fused_loss_of_huge_bounds_has_a_gradient():
     assert jnp.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda x: 3e37 * net(x),  # slopes of chords underflow
+        lambda x: 3e38 * jnp.stack([x[0], x[1] - x[2], -x[3]]),  # bounds overflow
+    ],
+)
+def test_fused_loss_of_bounds_near_overflow_bounds_the_worst_case(scores):
+    threat, x = Linf(0.4), jnp.full(4, 0.5)
+    loss = fused_cross_entropy(scores, 0)(threat, x)
+    outs = jax.vmap(scores)(points(threat, x, 500))
+    worst = jnp.max(jax.nn.logsumexp(outs, axis=1) - outs[:, 0])
+    assert 1e37 < worst <= loss
+
+
 def test_report_counts_and_compares():
     layers = report(net, Linf(0.1), X)
     assert [layer.interval.lower.shape for layer in layers] == [(6,), (6,)]

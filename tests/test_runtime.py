@@ -15,7 +15,8 @@ from experiments import runtime
 
 
 ROOT = Path(__file__).resolve().parents[1]
-TUNING = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_PLATFORM_NAME", "GLIBC_TUNABLES")
+DISPATCH = "JAX_CPU_ENABLE_ASYNC_DISPATCH"
+TUNING = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_PLATFORM_NAME", "GLIBC_TUNABLES", DISPATCH)
 CACHING = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE")
 glibc = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="malloc is tuned on glibc only"
@@ -172,14 +173,12 @@ print(json.dumps(each[3]))
 
 @glibc
 def test_programs_find_their_memory_again(tmp_path):
-    their_own_thread = {"JAX_CPU_ENABLE_ASYNC_DISPATCH": "true"}
-    default = run(PROGRAM_FAULTS, tmp_path, **their_own_thread)
+    default = run(PROGRAM_FAULTS, tmp_path, **{DISPATCH: "true"})
     assert run(PROGRAM_FAULTS, tmp_path) < 1000 < default
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("JAX_CPU_ENABLE_ASYNC_DISPATCH", "true"), ("JAX_PLATFORMS", "cuda")],
+    ("name", "value"), [(DISPATCH, "true"), ("JAX_PLATFORMS", "cuda")]
 )
 def test_dispatch_is_left_as_chosen(bare, name, value):
     bare.setenv(name, value)

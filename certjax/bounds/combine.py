@@ -32,7 +32,9 @@ from certjax.threat import Threat
 from certjax.types import Array, Classifier, Interval, PyTree
 
 
-NARROW = 1e-6  # width under which the tangent at the greater end is taken for a chord
+# widths outside of which a chord's slope would be rounding, or underflow to 0: it gets
+# the slope at the greater end, which is no smaller
+NARROW, WIDEST = 1e-6, 1e30
 
 
 def best(*bounds: Bound) -> Bound:
@@ -103,7 +105,7 @@ def fused_with_layers(
         at_low, at_high = jnp.exp(low - shift), jnp.exp(high - shift)
         # written out in the margins: the gradient has to stay finite while the bounds
         # of an untrained network are huge
-        wide = high - low > NARROW
+        wide = (high - low > NARROW) & (high - low < WIDEST)
         slope = (at_high - at_low) / jnp.where(wide, high - low, 1.0)
         slope = jnp.where(wide, slope, at_high)
         rows = rows_of(found.problem, found.target, slope[None])
@@ -111,7 +113,8 @@ def fused_with_layers(
             found.problem, pull_back(found.problem, found.target, rows, both=False)
         )
         chords = jnp.sum(at_low - slope * low) - least
-        total = jnp.minimum(chords, jnp.sum(at_high))
+        ends = jnp.sum(at_high)
+        total = jnp.where(chords < ends, chords, ends)  # NaN proves nothing
         loss = shift + jnp.log(jnp.exp(-shift) + jnp.maximum(total, 0.0))
         return Fused(loss, found.margins, found.layers)
 

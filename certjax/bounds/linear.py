@@ -219,7 +219,7 @@ def _pull_local(
     relaxation = problem.relaxations[i]
     assert relaxation is not None
     anchors, window = anchors_of(problem, i, values), first.window
-    if not patches.elementwise(relaxation, values, window):
+    if not patches.elementwise(relaxation, values, window.shape):
         return None
     share = share_of(i, first)
     if share is None:
@@ -307,8 +307,9 @@ def _pull_relaxed(
     if share is None:
         relaxation = problem.relaxations[i]
         assert relaxation is not None
-        trained = problem.trained and _elementwise(relaxation, anchors)
-        through = _through_lines if trained else _through
+        shape = equation.outputs[0].aval.shape
+        lines = patches.elementwise(relaxation, values, shape)
+        through = _through_lines if problem.trained and lines else _through
         parts, more = through(relaxation, anchors, rows)
         return dict(zip(chosen, parts, strict=True)), more
 
@@ -343,12 +344,6 @@ def _through(
     return list(total), more
 
 
-def _elementwise(relaxation: Relaxation, anchors: Anchors) -> bool:
-    """Are both sides lines in operands of the result's shape?"""
-    same = all(anchor.shape == anchors.result.shape for anchor in anchors.operands)
-    return same and all(side.slopes is not None for side in relaxation)
-
-
 def _through_lines(
     relaxation: Relaxation, anchors: Anchors, rows: Array
 ) -> tuple[list[Array], Array]:
@@ -360,7 +355,7 @@ def _through_lines(
     positive, halves = rows > 0, halved(rows)
 
     def times(below: Array | float, above: Array | float) -> Array:
-        return halves * jnp.where(positive, 2 * below, 2 * above)
+        return 2 * (halves * jnp.where(positive, below, above))
 
     slopes_of = [side.slopes or () for side in relaxation]
     pulled = [times(*pair) for pair in zip(*slopes_of, strict=True)]

@@ -378,9 +378,9 @@ class Lines(NamedTuple):
     distances: list[Array | None]
 
 
-def elementwise(relaxation: Relaxation, values: list, window: Window) -> bool:
+def elementwise(relaxation: Relaxation, values: list, shape: tuple[int, ...]) -> bool:
     """Are both sides lines in operands of the result's shape?"""
-    same = all(values[i].lower.shape == window.shape for i in operands(values))
+    same = all(values[i].lower.shape == shape for i in operands(values))
     return same and all(side.slopes is not None for side in relaxation)
 
 
